@@ -1,0 +1,1 @@
+"""Commands and servers that answer questions about audio."""

@@ -1,0 +1,127 @@
+"""A checkpoint is one folder that needs nothing outside itself.
+
+lm/                   the Hugging Face causal LM (config.json, sharded safetensors)
+codec/                the codec (config.json, model.safetensors)
+text.model            the SentencePiece model
+speechllm.json        vocabulary, limits, and the fingerprint that ties the parts together
+README.md             the model card
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from speechllm.codec import Codec, load_codec
+from speechllm.errors import InputError
+from speechllm.model import load_model
+from speechllm.text import TextTokenizer
+from speechllm.vocabulary import Vocabulary
+
+DEFAULT = Path(__file__).parent / "checkpoints" / "tiny"
+SETTINGS, TEXT, LM, CODEC = "speechllm.json", "text.model", "lm", "codec"
+MAX_SHARD = "15MB"
+
+
+class CheckpointSettings(BaseModel):
+    """The contents of ``speechllm.json``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    vocabulary: dict[str, int | bool]
+    fingerprint: str
+    max_audio_seconds: float = Field(gt=0, description="longest clip it was trained on; longer ones are cut at pauses")
+    max_answer_tokens: int = Field(gt=0)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything an answer needs, loaded and known to belong together."""
+
+    lm: PreTrainedModel
+    codec: Codec
+    text: TextTokenizer
+    vocabulary: Vocabulary
+    settings: CheckpointSettings
+    folder: Path
+
+    def encode(self, wav: Tensor) -> Tensor:
+        """``wav [1, samples]`` at ``codec.sample_rate`` to the codes the LM sees, ``[vocabulary.n_q, frames]``."""
+        return self.codec.encode(wav, n_q=self.vocabulary.n_q)
+
+
+def save_checkpoint(
+    folder: Path,
+    lm: PreTrainedModel,
+    codec: Path,
+    text: TextTokenizer,
+    vocabulary: Vocabulary,
+    *,
+    name: str,
+    max_audio_seconds: float,
+    max_answer_tokens: int,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write all parts to ``folder``: the LM's weights as ``dtype``, in files of at most 15 MB; the codec's folder as is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in (folder / LM).glob("*.safetensors*"):
+        old.unlink()  # a run with fewer shards must not leave some of an older one behind
+    state = {key: value.detach().to("cpu", dtype) for key, value in lm.state_dict().items()}
+    lm.save_pretrained(folder / LM, state_dict=state, max_shard_size=MAX_SHARD)
+    shutil.copytree(codec, folder / CODEC, dirs_exist_ok=True)
+    text.save(folder / TEXT)
+    settings = CheckpointSettings(
+        name=name,
+        vocabulary=vocabulary.to_dict(),
+        fingerprint=vocabulary.fingerprint(text.model_bytes),
+        max_audio_seconds=max_audio_seconds,
+        max_answer_tokens=max_answer_tokens,
+    )
+    (folder / SETTINGS).write_text(settings.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def load_checkpoint(folder: str | Path = DEFAULT, device: str | torch.device = "cpu") -> Checkpoint:
+    """Read a checkpoint and check that its parts belong together.
+
+    Raises:
+        InputError: the folder is not a checkpoint, a file is missing or damaged, or the parts do not fit.
+    """
+    folder = Path(folder)
+    if not (folder / SETTINGS).is_file():
+        raise InputError(f"{folder}: not a checkpoint folder (no {SETTINGS} in it)")
+    try:
+        settings = CheckpointSettings.model_validate_json((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder / SETTINGS}: not a checkpoint's settings: {str(error).splitlines()[0]}") from error
+    vocabulary = Vocabulary.from_dict(settings.vocabulary)
+    text = TextTokenizer.load(folder / TEXT)
+    codec = load_codec(folder / CODEC)
+    try:
+        lm = load_model(folder / LM, device)
+    except (OSError, ValueError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+        raise InputError(f"{folder / LM}: the language model cannot be loaded: {str(error).splitlines()[0]}") from error
+    for fits, message in (
+        (
+            settings.fingerprint == vocabulary.fingerprint(text.model_bytes),
+            f"{TEXT} is not the one it was trained with",
+        ),
+        (text.size == vocabulary.text_size, f"{TEXT} has {text.size} pieces, the vocabulary {vocabulary.text_size}"),
+        (codec.card == vocabulary.card, f"the codec has {codec.card} codes, the vocabulary {vocabulary.card}"),
+        (codec.n_q >= vocabulary.n_q, f"the codec has {codec.n_q} codebooks, the vocabulary {vocabulary.n_q}"),
+        (
+            lm.config.vocab_size == vocabulary.size,
+            f"the language model has {lm.config.vocab_size} ids, the vocabulary {vocabulary.size}",
+        ),
+    ):
+        if not fits:
+            raise InputError(f"{folder}: its parts do not belong together: {message}")
+    return Checkpoint(lm, codec, text, vocabulary, settings, folder)

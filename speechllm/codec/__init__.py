@@ -1,0 +1,8 @@
+"""Neural codecs behind one contract: waveform in, discrete codes out, and back."""
+
+from speechllm.codec.base import Codec
+from speechllm.codec.encodec import EncodecCodec, EncodecConfig
+from speechllm.codec.load import load_codec, save_codec
+from speechllm.codec.speech import SpeechCodec, SpeechCodecConfig
+
+__all__ = ["Codec", "EncodecCodec", "EncodecConfig", "SpeechCodec", "SpeechCodecConfig", "load_codec", "save_codec"]

@@ -1,0 +1,181 @@
+"""Our own 16 kHz codec: codebook 0 carries the words, the codebooks after it carry how they were said.
+
+Codebook 0 is a vector quantiser inside a phoneme recogniser trained with CTC, as in CosyVoice's S3 tokenizer
+(Du et al. 2024). The acoustic codebooks are a residual quantiser (SoundStream, Zeghidour et al. 2021) over a second,
+smaller encoder; the decoder joins both and writes the short-time spectrum of the waveform (Vocos, Siuzdak 2023).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from vector_quantize_pytorch import ResidualVQ, VectorQuantize
+
+from speechllm.codec.base import Codec, hash_tensors
+from speechllm.codec.layers import MEL_HOP, ConvStack, Downsample, LogMel
+
+
+class SpeechCodecConfig(BaseModel):
+    """Sizes of the codec; saved next to its weights."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sample_rate: int = 16000
+    n_mels: int = Field(80, ge=16, multiple_of=8)
+    card: int = Field(512, ge=2, description="codes in each codebook")
+    n_acoustic: int = Field(3, ge=1, description="acoustic codebooks after the semantic one")
+    dim: int = Field(256, ge=8)
+    depth: int = Field(7, ge=1, description="blocks before the semantic quantiser")
+    recognizer_depth: int = Field(2, ge=1, description="blocks between the quantiser and the CTC output")
+    kernel: int = Field(15, ge=3, description="frames seen by one block; odd")
+    expansion: int = Field(3, ge=1)
+    code_dim: int = Field(32, ge=2, description="size of the space in which codes are looked up")
+    acoustic_dim: int = Field(160, ge=8)
+    acoustic_depth: int = Field(3, ge=1)
+    decoder_dim: int = Field(256, ge=8)
+    decoder_depth: int = Field(4, ge=1)
+    phonemes: tuple[str, ...] = Field((), description="CTC output symbols 1…; 0 is the blank")
+
+
+class SemanticEncoder(nn.Module):
+    """Log-mel to frames whose quantised values still tell the phonemes."""
+
+    def __init__(self, config: SpeechCodecConfig):
+        super().__init__()
+        self.down = Downsample(config.n_mels, config.dim)
+        self.stack = ConvStack(config.dim, config.depth, config.kernel, config.expansion)
+        self.norm = nn.LayerNorm(config.dim)
+        self.quantizer = VectorQuantize(
+            config.dim,
+            config.card,
+            codebook_dim=config.code_dim,
+            use_cosine_sim=True,
+            decay=0.99,
+            kmeans_init=True,
+            threshold_ema_dead_code=1,
+            commitment_weight=0.25,
+            rotation_trick=False,
+        )
+        self.recognizer = ConvStack(config.dim, config.recognizer_depth, config.kernel, config.expansion)
+        self.output = nn.Linear(config.dim, 1 + len(config.phonemes))
+
+    def hidden(self, mel: Tensor, mask: Tensor | None = None) -> Tensor:  # [B, 4 T, n_mels] -> [B, T, dim]
+        return self.norm(self.stack(self.down(mel), mask))
+
+    def recognize(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Hidden or quantised frames ``[B, T, dim]`` to CTC log-probabilities ``[B, T, 1 + phonemes]``."""
+        return self.output(self.recognizer(hidden, mask)).log_softmax(-1)
+
+
+class AcousticCoder(nn.Module):
+    """Residual quantiser for what the words do not say, and the decoder that turns all codes into sound."""
+
+    N_FFT = 640
+
+    def __init__(self, config: SpeechCodecConfig):
+        super().__init__()
+        dim, self.hop = config.decoder_dim, MEL_HOP
+        self.down = Downsample(config.n_mels, config.acoustic_dim)
+        self.stack = ConvStack(config.acoustic_dim, config.acoustic_depth, 5, config.expansion)
+        self.quantizer = ResidualVQ(
+            dim=config.acoustic_dim,
+            num_quantizers=config.n_acoustic,
+            codebook_size=config.card,
+            codebook_dim=config.code_dim,
+            use_cosine_sim=True,
+            decay=0.99,
+            kmeans_init=True,
+            threshold_ema_dead_code=1,
+            commitment_weight=0.25,
+            rotation_trick=False,
+            quantize_dropout=True,
+        )
+        self.from_semantic = nn.Linear(config.dim, dim)
+        self.from_acoustic = nn.Linear(config.acoustic_dim, dim)
+        self.frames = ConvStack(dim, config.decoder_depth, 7, config.expansion)
+        self.up = nn.Linear(dim, dim * Downsample.FACTOR)
+        self.columns = ConvStack(dim, config.decoder_depth, 7, 2)
+        self.norm = nn.LayerNorm(dim)
+        self.spectrum = nn.Linear(dim, self.N_FFT + 2)
+        self.register_buffer("window", torch.hann_window(self.N_FFT), persistent=False)
+
+    def encode(self, mel: Tensor) -> Tensor:  # [B, 4 T, n_mels] -> [B, T, acoustic_dim]
+        return self.stack(self.down(mel))
+
+    def synthesize(self, semantic: Tensor, acoustic: Tensor) -> Tensor:
+        """Quantised frames ``[B, T, dim]`` and ``[B, T, acoustic_dim]`` to a waveform ``[B, T * hop_length]``."""
+        x = self.frames(self.from_semantic(semantic) + self.from_acoustic(acoustic))
+        batch, frames, dim = x.shape
+        x = self.columns(self.up(x).reshape(batch, frames * Downsample.FACTOR, dim))
+        magnitude, phase = self.spectrum(self.norm(x)).transpose(1, 2).chunk(2, dim=1)
+        spectrum = torch.polar(magnitude.clamp(max=7.0).exp(), phase)
+        # istft wants the column that begins at the last sample too: repeat the last one, then cut to length
+        spectrum = torch.cat([spectrum, spectrum[..., -1:]], dim=-1)
+        return torch.istft(
+            spectrum,
+            self.N_FFT,
+            self.hop,
+            window=self.window,
+            center=True,
+            length=frames * Downsample.FACTOR * self.hop,
+        )
+
+
+class SpeechCodec(nn.Module, Codec):
+    """See the module's docstring. 25 frames a second: ``hop_length`` is 640 samples at 16 kHz."""
+
+    def __init__(self, config: SpeechCodecConfig):
+        super().__init__()
+        self.config = config
+        self.sample_rate = config.sample_rate
+        self.hop_length = MEL_HOP * Downsample.FACTOR
+        self.n_q = 1 + config.n_acoustic
+        self.card = config.card
+        self.mel = LogMel(config.sample_rate, config.n_mels)
+        self.semantic = SemanticEncoder(config)
+        self.acoustic = AcousticCoder(config)
+
+    @torch.inference_mode()
+    def encode(self, wav: Tensor, n_q: int | None = None, chunk_seconds: float = 60.0) -> Tensor:
+        """See :meth:`Codec.encode`. Memory is bounded by ``chunk_seconds``; the codes do not depend on it."""
+        frames = -(-wav.shape[-1] // self.hop_length)
+        wav = F.pad(wav, (0, frames * self.hop_length - wav.shape[-1]))
+        step = max(1, int(chunk_seconds * self.frame_rate))
+        reach = max(self.semantic.stack.reach, self.acoustic.stack.reach) + 4  # 4: mel windows and Downsample
+        pieces = []
+        for start in range(0, frames, step):
+            left, right = max(0, start - reach), min(frames, start + step + reach)
+            codes = self._encode_piece(wav[:, left * self.hop_length : right * self.hop_length], n_q or self.n_q)
+            pieces.append(codes[:, start - left : min(frames, start + step) - left])
+        return torch.cat(pieces, dim=1)
+
+    def _encode_piece(self, wav: Tensor, n_q: int) -> Tensor:  # [1, samples] -> [n_q, frames]
+        mel = self.mel(wav)
+        semantic = self.semantic.quantizer(self.semantic.hidden(mel), freeze_codebook=True)[1]  # [1, frames]
+        if n_q == 1:
+            return semantic
+        acoustic = self.acoustic.quantizer(self.acoustic.encode(mel), freeze_codebook=True)[1]
+        return torch.cat([semantic.unsqueeze(-1), acoustic], dim=-1)[0, :, :n_q].T.contiguous()
+
+    @torch.inference_mode()
+    def decode(self, codes: Tensor) -> Tensor:
+        """See :meth:`Codec.decode`. With fewer codebooks than ``n_q`` the missing detail is left out."""
+        semantic = self.semantic.quantizer.get_output_from_indices(codes[:1])
+        if codes.shape[0] > 1:
+            missing = self.n_q - codes.shape[0]
+            indices = F.pad(codes[1:].T.unsqueeze(0), (0, missing), value=-1)  # -1: a codebook left out
+            acoustic = self.acoustic.quantizer.get_output_from_indices(indices)
+        else:
+            acoustic = semantic.new_zeros(1, codes.shape[1], self.config.acoustic_dim)
+        return self.acoustic.synthesize(semantic, acoustic)
+
+    def fingerprint(self, n_q: int) -> str:
+        """See :meth:`Codec.fingerprint`."""
+        parts = ("mel.", "semantic.") if n_q == 1 else ("mel.", "semantic.", "acoustic.")
+        return hash_tensors({name: value for name, value in self.state_dict().items() if name.startswith(parts)})
+
+    def code_vectors(self) -> Tensor:
+        """Codebook 0 as the recogniser sees it, ``[card, dim]``: codes that sound alike lie close together."""
+        return self.semantic.quantizer.get_output_from_indices(torch.arange(self.card).unsqueeze(0))[0]

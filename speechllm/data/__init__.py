@@ -1,0 +1,1 @@
+"""Manifests, recorded sets and synthetic speech."""

@@ -1,0 +1,50 @@
+"""A corpus as codes: parquet shards written once by ``train.encode`` and read through ``datasets``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from speechllm.codec import Codec
+from speechllm.errors import InputError
+
+INFO = "info.json"  # of the codec that made the codes
+
+
+def read_encoded(folders: Sequence[str | Path], split: str, codec: Codec | None = None) -> Dataset:
+    """The rows of one split of several encoded corpora.
+
+    Columns: those of :class:`speechllm.data.manifest.Utterance` that a task needs (``text`` and so on), and ``codes``,
+    int16, flattened ``[n_q * frames]``, with ``n_q``.
+
+    Raises:
+        InputError: a folder holds no shards, no row is of the split, or a corpus was not encoded with ``codec``.
+    """
+    files: list[str] = []
+    for folder in map(Path, folders):
+        shards = sorted(folder.glob("*.parquet"))
+        if not shards or not (folder / INFO).is_file():
+            raise InputError(f"{folder}: not an encoded corpus; make it with python -m train.encode")
+        info = json.loads((folder / INFO).read_text(encoding="utf-8"))
+        if codec is not None and info["codec"] != codec.fingerprint(info["n_q"]):
+            raise InputError(f"{folder}: encoded with another codec; encode it again with python -m train.encode")
+        files += map(str, shards)
+    rows = Dataset.from_parquet(files)
+    rows = rows.filter(lambda splits: [s == split for s in splits], input_columns="split", batched=True)
+    if not len(rows):
+        raise InputError(f"no {split} row in {', '.join(map(str, folders))}")
+    return rows
+
+
+def row_codes(row: dict, n_q: int) -> Tensor:
+    """The first ``n_q`` codebooks of a row, int64 ``[n_q, frames]``."""
+    codes = torch.from_numpy(np.asarray(row["codes"], dtype=np.int64)).view(row["n_q"], -1)
+    if n_q > len(codes):
+        raise InputError(f"{row['id']}: encoded with {len(codes)} codebooks, {n_q} are asked for; encode it again")
+    return codes[:n_q]

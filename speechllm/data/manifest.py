@@ -1,0 +1,140 @@
+"""Manifests: JSON Lines files that describe one utterance a line, and the way from a line to its audio."""
+
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
+
+from speechllm.audio import read_audio
+from speechllm.errors import InputError
+
+Split = Literal["train", "dev", "test"]
+Gender = Literal["male", "female"]
+
+
+class Utterance(BaseModel):
+    """One recording and what is known about it.
+
+    `audio` is a path relative to the manifest's folder or, when `tar` is set, the name of a member of that tar file,
+    whose bytes `[tar_offset, tar_offset + tar_size)` are the audio file. `duration` is in seconds. `language` is an
+    ISO 639-1 code, or the set's own name for a language that has none. `translations` maps language codes to text.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str = Field(min_length=1)
+    audio: str = Field(min_length=1)
+    tar: str | None = None
+    tar_offset: int | None = Field(default=None, ge=0)
+    tar_size: int | None = Field(default=None, gt=0)
+    duration: float = Field(gt=0)
+    text: str | None = None
+    language: str | None = None
+    speaker: str | None = None
+    gender: Gender | None = None
+    translations: dict[str, str] = Field(default_factory=dict)
+    labels: dict[str, str | int | float] = Field(default_factory=dict)
+    split: Split
+    source: str
+
+    @model_validator(mode="after")
+    def _tar_is_complete(self) -> "Utterance":
+        given = [value is not None for value in (self.tar, self.tar_offset, self.tar_size)]
+        if any(given) and not all(given):
+            raise ValueError("tar, tar_offset and tar_size go together: give all three or none")
+        return self
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first complaint of pydantic as `field: message`."""
+    problem = error.errors()[0]
+    field = ".".join(str(part) for part in problem["loc"]) or "record"
+    return f"{field}: {problem['msg']}"
+
+
+def read_json_lines(path: str | Path, lines: Iterable[str]) -> Iterable[tuple[int, dict]]:
+    """(line number from 1, object) for each line that is not blank; InputError names `path` and the line."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error.msg})") from error
+        if not isinstance(record, dict):
+            raise InputError(f"{path}, line {number}: a JSON object is expected, not {type(record).__name__}")
+        yield number, record
+
+
+def read_manifest(path: str | Path) -> list[Utterance]:
+    """All utterances of a manifest, in file order.
+
+    Raises InputError, naming file and line, when the file is missing, a line does not fit the schema or an id occurs
+    twice.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such manifest")
+    utterances: list[Utterance] = []
+    first_seen: dict[str, int] = {}
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, record in read_json_lines(path, lines):
+                try:
+                    utterance = Utterance.model_validate(record)
+                except ValidationError as error:
+                    raise InputError(f"{path}, line {number}: {first_problem(error)}") from error
+                if utterance.id in first_seen:
+                    raise InputError(
+                        f"{path}, line {number}: id {utterance.id!r} is already on line {first_seen[utterance.id]}"
+                    )
+                first_seen[utterance.id] = number
+                utterances.append(utterance)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a UTF-8 text file") from error
+    return utterances
+
+
+def _line(utterance: Utterance) -> str:
+    return utterance.model_dump_json(exclude_none=True) + "\n"
+
+
+def append(path: str | Path, utterance: Utterance) -> None:
+    """Add one line to a manifest (made when absent) and hand it to the operating system at once."""
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(_line(utterance))
+
+
+def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
+    """Write a whole manifest, replacing what was there."""
+    with Path(path).open("w", encoding="utf-8") as file:
+        file.writelines(_line(utterance) for utterance in utterances)
+
+
+def load_wav(utterance: Utterance, root: str | Path, sample_rate: int) -> Tensor:
+    """The utterance's audio, float32 [1, samples] at `sample_rate`; `root` is the manifest's folder.
+
+    Raises InputError when the file is missing, the tar ends before the member does, or the bytes are not audio.
+    """
+    root = Path(root)
+    if utterance.tar is None:
+        return read_audio(root / utterance.audio, sample_rate)
+    assert utterance.tar_offset is not None
+    assert utterance.tar_size is not None
+    tar = root / utterance.tar
+    try:
+        with tar.open("rb") as file:
+            file.seek(utterance.tar_offset)
+            content = file.read(utterance.tar_size)
+    except OSError as error:
+        raise InputError(f"{tar}: cannot be read ({error.strerror})") from error
+    if len(content) < utterance.tar_size:
+        raise InputError(f"{tar}: ends before member {utterance.audio} does; fetch the file again")
+    try:
+        return read_audio(io.BytesIO(content), sample_rate)
+    except InputError as error:
+        raise InputError(f"{tar}, member {utterance.audio}: {error}") from error

@@ -1,0 +1,87 @@
+"""Readers for sets of recorded speech (a folder with `manifest.jsonl`) and for translated captions."""
+
+import gzip
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from pydantic import ValidationError
+
+from speechllm.data.manifest import Gender, Utterance, first_problem, read_json_lines
+from speechllm.errors import InputError
+
+_OWN_KEYS = ("audio", "tar", "tar_offset", "tar_size", "duration", "text", "language", "speaker", "split")
+_TRANSLATIONS = ("de", "fr", "cs")
+
+
+@dataclass(frozen=True)
+class Caption:
+    """One English sentence and its translations (language code -> text)."""
+
+    id: str
+    text: str
+    translations: dict[str, str]
+
+
+def _label(value: object) -> str | int | float:
+    """Lists and objects (segments, slots) become JSON text, true and false become 1 and 0."""
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, str | int | float):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def read_recorded(folder: str | Path) -> list[Utterance]:
+    """The utterances of a recorded set, in file order; audio paths stay relative to `folder`.
+
+    Ids are `<set>/<audio>`, `source` is the set's name, its `translation` becomes `translations`, and every key the
+    manifest schema does not have becomes a label. Raises InputError naming file and line.
+    """
+    folder = Path(folder)
+    path = folder / "manifest.jsonl"
+    if not path.is_file():
+        raise InputError(f"{folder}: no manifest.jsonl in this folder")
+    name = folder.resolve().name
+    utterances = []
+    with path.open(encoding="utf-8") as lines:
+        for number, record in read_json_lines(path, lines):
+            known = {key: record.pop(key) for key in _OWN_KEYS if key in record}
+            translations = record.pop("translation", {})
+            # A gender other than the two of the schema stays readable as a label.
+            gender = record.pop("gender") if record.get("gender") in get_args(Gender) else None
+            labels = {key: _label(value) for key, value in record.items() if value is not None}
+            try:
+                utterance = Utterance(
+                    id=f"{name}/{known.get('audio')}",
+                    source=name,
+                    gender=gender,
+                    translations=translations,
+                    labels=labels,
+                    **known,
+                )
+            except ValidationError as error:
+                raise InputError(f"{path}, line {number}: {first_problem(error)}") from error
+            utterances.append(utterance)
+    return utterances
+
+
+def read_captions(path: str | Path) -> list[Caption]:
+    """English captions of a gzipped JSON Lines file with keys id, en and, where there are any, de, fr, cs."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such captions file")
+    captions = []
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            for number, record in read_json_lines(path, lines):
+                if not record.get("id") or not record.get("en"):
+                    raise InputError(f"{path}, line {number}: a caption needs 'id' and 'en'")
+                translations = {language: record[language] for language in _TRANSLATIONS if record.get(language)}
+                captions.append(Caption(id=record["id"], text=record["en"], translations=translations))
+    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a gzipped JSON Lines file ({error})") from error
+    if not captions:
+        raise InputError(f"{path}: holds no captions")
+    return captions

@@ -1,0 +1,170 @@
+"""Synthetic speech from free engines run as subprocesses, behind one table of voices.
+
+The same person stands behind several voices; splits are cut by person: a test voice is a person never trained on.
+"""
+
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from xml.sax.saxutils import escape
+
+import numpy as np
+import soundfile
+import torch
+
+from speechllm.audio import resample
+from speechllm.data.manifest import Gender, Split
+from speechllm.errors import InputError
+
+SAMPLE_RATE = 16000  # Hz
+Engine = Literal["flite", "festival", "espeak", "pico", "rhvoice"]
+
+_PROGRAMS: dict[Engine, tuple[str, str]] = {  # engine -> program, Debian package that has it
+    "flite": ("flite", "flite"),
+    "festival": ("text2wave", "festival"),
+    "espeak": ("espeak-ng", "espeak-ng"),
+    "pico": ("pico2wave", "libttspico-utils"),
+    "rhvoice": ("RHVoice-test", "rhvoice"),
+}
+# Without these an engine would fail on every text (festival) or speak in another voice without a word (RHVoice).
+_VOICE_DATA: dict[Engine, tuple[str, str]] = {  # engine -> folder of a voice below share/, Debian packages
+    "festival": ("festival/voices/english/{}", "festvox-kallpc16k festvox-kdlpc16k"),
+    "rhvoice": ("RHVoice/voices/{}", "rhvoice-english"),
+}
+_SHARE = (Path("/usr/share"), Path("/usr/local/share"))
+_TIMEOUT = 60.0  # seconds; a sentence takes under one
+_ESPEAK_WORDS_PER_MINUTE = 175
+_ESPEAK_PITCH = 50
+_FESTIVAL_PITCH = 105.0  # Hz, mean of the diphone voices
+_EDGE_MARGIN = 0.03  # seconds kept around the speech
+
+
+class EngineError(RuntimeError):
+    """An engine that is installed failed on a text or returned silence."""
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A synthetic voice: `name` is ours, `engine_voice` the engine's, `person` the speaker it was made from.
+
+    `share` is the weight of the voice when voices of its split and language are drawn at random.
+    """
+
+    name: str
+    engine: Engine
+    engine_voice: str
+    person: str
+    language: str
+    gender: Gender
+    split: Split
+    share: float
+
+
+_ESPEAK_VARIANTS = ("f1", "f2", "f3", "f4", "f5", "m1", "m2", "m3", "m4", "m5", "m6", "m7", "klatt2", "klatt4")
+
+VOICES: tuple[Voice, ...] = (
+    Voice("rhvoice-slt", "rhvoice", "slt", "slt", "en", "female", "train", 0.10),
+    Voice("rhvoice-alan", "rhvoice", "alan", "awb", "en", "male", "train", 0.10),
+    Voice("rhvoice-lyubov", "rhvoice", "lyubov", "lyubov", "en", "female", "train", 0.075),
+    Voice("rhvoice-evgeniy", "rhvoice", "evgeniy-eng", "evgeniy", "en", "male", "train", 0.075),
+    Voice("flite-slt", "flite", "slt", "slt", "en", "female", "train", 0.10),
+    Voice("flite-rms", "flite", "rms", "rms", "en", "male", "train", 0.11),
+    Voice("flite-awb", "flite", "awb", "awb", "en", "male", "train", 0.08),
+    Voice("flite-kal16", "flite", "kal16", "kal", "en", "male", "train", 0.06),
+    Voice("pico-en-us", "pico", "en-US", "pico-en-us", "en", "female", "train", 0.12),
+    *(
+        Voice(f"espeak-{v}", "espeak", f"en-us+{v}", "espeak", "en", "female" if v[0] == "f" else "male", "train", 0.01)
+        for v in _ESPEAK_VARIANTS
+    ),
+    Voice("festival-kal", "festival", "kal_diphone", "kal", "en", "male", "train", 0.04),
+    Voice("festival-ked", "festival", "ked_diphone", "ked", "en", "male", "dev", 0.5),
+    Voice("pico-en-gb", "pico", "en-GB", "pico-en-gb", "en", "female", "dev", 0.5),
+    Voice("rhvoice-clb", "rhvoice", "clb", "clb", "en", "female", "test", 0.5),
+    Voice("rhvoice-bdl", "rhvoice", "bdl", "bdl", "en", "male", "test", 0.5),
+)
+
+
+def voices(split: Split, language: str = "en") -> list[Voice]:
+    """The voices of a split in one language, in table order."""
+    return [voice for voice in VOICES if voice.split == split and voice.language == language]
+
+
+def require_voice(voice: Voice) -> str:
+    """Path of the voice's program; InputError naming the Debian package when it or the voice's data is missing."""
+    program, package = _PROGRAMS[voice.engine]
+    path = shutil.which(program)
+    if path is None:
+        raise InputError(f"speech engine {program} is not installed: apt-get install {package}")
+    if voice.engine in _VOICE_DATA:
+        folder, packages = _VOICE_DATA[voice.engine]
+        if not any((share / folder.format(voice.engine_voice)).is_dir() for share in _SHARE):
+            raise InputError(f"{program} has no voice {voice.engine_voice}: apt-get install {packages}")
+    return path
+
+
+def _command(program: str, voice: Voice, text: str, rate: float, pitch: float, out: Path) -> tuple[list[str], str]:
+    """The engine's command line and what it reads on standard input."""
+    name = voice.engine_voice
+    if voice.engine == "flite":  # f0_shift has no effect on the voice rms, whose pitch is fixed
+        settings = ["--setf", f"duration_stretch={1 / rate:.4f}", "--setf", f"f0_shift={pitch:.4f}"]
+        return [program, "-voice", name, *settings, "-t", text, "-o", str(out)], ""
+    if voice.engine == "espeak":
+        speed = str(round(_ESPEAK_WORDS_PER_MINUTE * rate))
+        height = str(min(max(round(_ESPEAK_PITCH + 100 * (pitch - 1)), 0), 99))
+        return [program, "-v", name, "-s", speed, "-p", height, "-w", str(out), "--stdin"], text
+    if voice.engine == "pico":  # at volume 100 pico clips
+        spoken = f"<volume level='50'>{escape(text)}</volume>"
+        spoken = f"<speed level='{round(100 * rate)}'><pitch level='{round(100 * pitch)}'>{spoken}</pitch></speed>"
+        return [program, "-l", name, "-w", str(out), spoken], ""
+    if voice.engine == "rhvoice":
+        settings = ["-r", str(round(100 * rate)), "-t", str(round(100 * pitch))]
+        return [program, "-p", name, *settings, "-o", str(out)], text + "\n"
+    setup = f"(begin (voice_{name}) (Parameter.set 'Duration_Stretch {1 / rate:.4f})"
+    if pitch != 1:
+        mean = f"(target_f0_mean {_FESTIVAL_PITCH * pitch:.1f})"
+        setup += f" (set! int_lr_params '({mean} (target_f0_std 14) (model_f0_mean 170) (model_f0_std 34)))"
+    setup += ")"
+    return [program, "-eval", setup, "-o", str(out)], text + "\n"
+
+
+def _trim(wav: np.ndarray) -> np.ndarray:
+    """Cut the engine's own silence (50 dB below the loudest 10 ms) at both ends; empty when all is silence."""
+    step = SAMPLE_RATE // 100
+    blocks = wav[: len(wav) // step * step].reshape(-1, step)
+    level = np.sqrt((blocks**2).mean(axis=1))
+    if not len(level) or level.max() < 1e-4:
+        return wav[:0]
+    loud = np.flatnonzero(level > level.max() * 10 ** (-50 / 20))
+    margin = round(_EDGE_MARGIN * SAMPLE_RATE)
+    return wav[max(loud[0] * step - margin, 0) : (loud[-1] + 1) * step + margin]
+
+
+def speak(text: str, voice: Voice, rate: float = 1.0, pitch: float = 1.0) -> np.ndarray:
+    """Speak `text`: float32 [samples] at 16 kHz, silence at the ends trimmed.
+
+    `rate` and `pitch` are factors of the voice's own. Raises InputError when the text is blank or the engine is not
+    installed, EngineError when the engine fails or says nothing.
+    """
+    text = " ".join(text.split())
+    if not text:
+        raise InputError("there is no text to speak")
+    program = require_voice(voice)
+    with tempfile.TemporaryDirectory(prefix="speak-") as folder:
+        out = Path(folder) / "out.wav"
+        command, stdin = _command(program, voice, text, rate, pitch, out)
+        try:
+            done = subprocess.run(command, input=stdin, text=True, capture_output=True, timeout=_TIMEOUT)
+        except subprocess.TimeoutExpired as error:
+            raise EngineError(f"{voice.name}: no answer within {_TIMEOUT:.0f} s for {text!r}") from error
+        if done.returncode or not out.is_file() or out.stat().st_size <= 44:  # a WAV header alone has 44 bytes
+            reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            raise EngineError(f"{voice.name}: {reason} (exit status {done.returncode}) for {text!r}")
+        samples, sample_rate = soundfile.read(out, dtype="float32", always_2d=True)
+    wav = torch.from_numpy(samples.mean(axis=1, keepdims=True).T.copy())  # [1, samples]
+    spoken = _trim(resample(wav, sample_rate, SAMPLE_RATE)[0].numpy())
+    if not len(spoken):
+        raise EngineError(f"{voice.name}: only silence for {text!r}")
+    return spoken

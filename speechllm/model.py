@@ -1,0 +1,85 @@
+"""The backbone: a Hugging Face causal LM, a small Mixtral by default. Knows nothing of tokenizers, codecs or data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+
+
+class ModelConfig(BaseModel):
+    """Sizes of a Mixtral (Jiang et al. 2024): ``top_k`` of ``num_experts`` feed-forward networks see each position."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    hidden_size: int = Field(256, ge=8)
+    num_layers: int = Field(5, ge=1)
+    num_heads: int = Field(4, ge=1)
+    num_kv_heads: int = Field(2, ge=1)
+    expert_size: int = Field(256, ge=8, description="inner size of one expert")
+    num_experts: int = Field(8, ge=1)
+    top_k: int = Field(2, ge=1)
+    max_positions: int = Field(2048, ge=16)
+    rope_theta: float = Field(10000.0, gt=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelConfig:
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ValueError("num_heads must divide hidden_size, and num_kv_heads must divide num_heads")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k = {self.top_k} exceeds num_experts = {self.num_experts}")
+        return self
+
+
+def make_model(config: ModelConfig, vocabulary_size: int, pad_id: int, end_id: int) -> MixtralForCausalLM:
+    """A new Mixtral with random weights and one table for input and output embeddings."""
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=vocabulary_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.expert_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            num_local_experts=config.num_experts,
+            num_experts_per_tok=config.top_k,
+            max_position_embeddings=config.max_positions,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=True,
+            pad_token_id=pad_id,
+            bos_token_id=None,
+            eos_token_id=end_id,
+            attn_implementation="sdpa",
+        )
+    )
+
+
+@torch.no_grad()
+def set_embedding_rows(model: PreTrainedModel, first: int, vectors: Tensor, seed: int = 0) -> None:
+    """Start the embeddings of ids ``first …`` from ``vectors [rows, dim]``, so that alike vectors have alike rows.
+
+    A fixed random projection takes ``dim`` to the hidden size; mean and spread of the rows become those of the table.
+    """
+    table = model.get_input_embeddings().weight
+    centred = vectors.float() - vectors.float().mean(0)
+    generator = torch.Generator().manual_seed(seed)
+    projection = torch.randn(vectors.shape[1], table.shape[1], generator=generator)
+    rows = centred @ projection
+    table[first : first + len(rows)] = (rows / rows.std() * model.config.initializer_range).to(table)
+
+
+def load_model(folder: str | Path, device: str | torch.device = "cpu") -> PreTrainedModel:
+    """Any Hugging Face causal LM saved in ``folder``, in evaluation mode; float32 on CPUs, else as it was saved."""
+    dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+
+
+def parameter_counts(model: PreTrainedModel) -> tuple[int, int]:
+    """Parameters in all, and those that one position uses (``top_k`` of the experts)."""
+    total = sum(p.numel() for p in model.parameters())
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    count, used = getattr(model.config, "num_local_experts", 1), getattr(model.config, "num_experts_per_tok", 1)
+    return total, total - experts + experts * used // count

@@ -1,0 +1,138 @@
+"""Examples and shots to ids and loss mask: the one renderer of training sequences and served prompts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from speechllm.errors import InputError
+from speechllm.tasks import normalize_instruction
+from speechllm.text import TextTokenizer
+from speechllm.vocabulary import Vocabulary
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One clip, what is asked about it, and (when known) the answer.
+
+    codes: int64 [n_q, frames], as the codec gave them. answer: None when it is to be generated; "" is an answer.
+    """
+
+    codes: Tensor
+    instruction: str
+    answer: str | None = None
+    task: str | None = None
+    language: str | None = None
+    speaker: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Rendered:
+    """A sequence for the LM.
+
+    ids: int64 [seq]. loss_mask: bool [seq], true on the answer and its end token.
+    prompt_length: ids before the answer; `ids[:prompt_length]` is what is served.
+    """
+
+    ids: Tensor
+    loss_mask: Tensor
+    prompt_length: int
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Right-padded sequences [batch, seq], all int64: labels are unshifted, IGNORE_INDEX off the answer."""
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor
+
+
+def render(example: Example, vocabulary: Vocabulary, text: TextTokenizer, shots: Sequence[Example] = ()) -> Rendered:
+    """Shots, then the example: `<audio_begin> codes <audio_end> instruction <answer> answer <end>` each.
+
+    The audio comes first, so that its cache serves every question about it. Without an answer the sequence stops
+    after `<answer>`: exactly the first `prompt_length` ids of the sequence with one. Answers of shots are context and
+    carry no loss. Raises InputError for an empty instruction or a shot without an answer, ValueError for bad codes.
+    """
+    parts: list[Tensor] = []
+    for number, shot in enumerate(shots, 1):
+        if shot.answer is None:
+            raise InputError(f"shot {number} has no answer: a shot is a solved example")
+        parts += [_prompt(shot, vocabulary, text), _answer(shot.answer, vocabulary, text)]
+    parts.append(_prompt(example, vocabulary, text))
+    prompt = torch.cat(parts)  # [prompt_length]
+    if example.answer is None:
+        return Rendered(prompt, torch.zeros_like(prompt, dtype=torch.bool), len(prompt))
+    ids = torch.cat([prompt, _answer(example.answer, vocabulary, text)])  # [seq]
+    return Rendered(ids, torch.arange(len(ids)) >= len(prompt), len(prompt))
+
+
+def labels(rendered: Rendered) -> Tensor:
+    """Ids [seq] with IGNORE_INDEX where there is no loss; unshifted."""
+    return rendered.ids.masked_fill(~rendered.loss_mask, IGNORE_INDEX)
+
+
+def collate(sequences: Sequence[Rendered], pad_id: int, max_len: int | None = None) -> Batch:
+    """Pad to the longest sequence, on the right.
+
+    Raises ValueError for an empty batch and InputError for a sequence of more than max_len ids: nothing is cut.
+    """
+    if not sequences:
+        raise ValueError("cannot collate an empty batch")
+    longest = max(len(sequence.ids) for sequence in sequences)
+    if max_len is not None and longest > max_len:
+        raise InputError(f"a sequence of {longest} ids exceeds max_len = {max_len}: shorten its audio or raise max_len")
+    shape = (len(sequences), longest)
+    batch = Batch(
+        input_ids=torch.full(shape, pad_id, dtype=torch.int64),
+        labels=torch.full(shape, IGNORE_INDEX, dtype=torch.int64),
+        attention_mask=torch.zeros(shape, dtype=torch.int64),
+    )
+    for row, sequence in enumerate(sequences):
+        length = len(sequence.ids)
+        batch.input_ids[row, :length] = sequence.ids
+        batch.labels[row, :length] = labels(sequence)
+        batch.attention_mask[row, :length] = 1
+    return batch
+
+
+def answer_text(ids: Sequence[int], vocabulary: Vocabulary, text: TextTokenizer) -> str:
+    """Text of a generated answer, up to the first `<end>` or the last id.
+
+    Ids that are no text have no place in an answer. They are not hidden: each run of them reads as one U+FFFD.
+    """
+    pieces: list[int] = []
+    answer = torch.tensor(list(ids), dtype=torch.int64)  # [seq]
+    after_fault = False
+    for index, is_text in zip(answer.tolist(), vocabulary.is_text(answer).tolist(), strict=True):
+        if index == vocabulary.end:
+            break
+        if is_text:
+            pieces.append(index)
+        elif not after_fault:
+            pieces.append(text.unknown_id)
+        after_fault = not is_text
+    return text.decode(pieces)
+
+
+def _prompt(example: Example, vocabulary: Vocabulary, text: TextTokenizer) -> Tensor:
+    instruction = normalize_instruction(example.instruction)
+    if not instruction:
+        raise InputError("the instruction is empty: say what to do with the audio, e.g. 'Transcribe this audio'")
+    return torch.cat(
+        [
+            torch.tensor([vocabulary.audio_begin]),
+            vocabulary.audio_ids(example.codes).cpu(),
+            torch.tensor([vocabulary.audio_end]),
+            vocabulary.text_ids(text.encode(instruction)),
+            torch.tensor([vocabulary.answer]),
+        ]
+    )
+
+
+def _answer(answer: str, vocabulary: Vocabulary, text: TextTokenizer) -> Tensor:
+    return torch.cat([vocabulary.text_ids(text.encode(answer)), torch.tensor([vocabulary.end])])

@@ -1,0 +1,148 @@
+"""The one place that does arithmetic on ids: text pieces | control tokens | codebook 0 | codebook 1 | …"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from speechllm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Layout of the id space.
+
+    text_size: text pieces. n_q: codebooks the LM sees. card: codes in each codebook.
+    merge_repeats: write a run of equal codes as one id (shorter stream, durations are lost; n_q = 1 only).
+    """
+
+    text_size: int
+    n_q: int
+    card: int
+    merge_repeats: bool = False
+
+    # Slots no task uses yet are kept, so that a new control token moves no other id.
+    num_controls: ClassVar[int] = 32
+    _controls: ClassVar[tuple[str, ...]] = ("pad", "audio_begin", "audio_end", "answer", "end")
+
+    def __post_init__(self) -> None:
+        for name in ("text_size", "n_q", "card"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise InputError(f"vocabulary.{name} must be a whole number of 1 or more, not {value!r}")
+        if type(self.merge_repeats) is not bool:
+            raise InputError(f"vocabulary.merge_repeats must be true or false, not {self.merge_repeats!r}")
+        if self.merge_repeats and self.n_q != 1:
+            raise InputError(f"vocabulary.merge_repeats needs n_q = 1, not {self.n_q}: set merge_repeats to false")
+
+    @property
+    def size(self) -> int:
+        """Number of ids, text, controls and codes together."""
+        return self._audio_start + self.n_q * self.card
+
+    @property
+    def pad(self) -> int:
+        """Fills a batch to the right; never in a sequence."""
+        return self._control("pad")
+
+    @property
+    def audio_begin(self) -> int:
+        """Before the first audio id of an example."""
+        return self._control("audio_begin")
+
+    @property
+    def audio_end(self) -> int:
+        """After the last audio id; the instruction follows."""
+        return self._control("audio_end")
+
+    @property
+    def answer(self) -> int:
+        """Ends the instruction; the answer follows."""
+        return self._control("answer")
+
+    @property
+    def end(self) -> int:
+        """Ends the answer."""
+        return self._control("end")
+
+    def text_ids(self, pieces: Sequence[int]) -> Tensor:
+        """Ids [seq] int64 of text pieces. Raises ValueError for a piece outside [0, text_size)."""
+        ids = torch.tensor(pieces, dtype=torch.int64).reshape(-1)  # [seq]
+        if not bool(self.is_text(ids).all()):
+            raise ValueError(f"a text piece is outside [0, {self.text_size})")
+        return ids
+
+    def audio_ids(self, codes: Tensor) -> Tensor:
+        """Codes [n_q, frames] to ids [n_q * frames] int64, frame by frame: c0 c1 c0 c1 …
+
+        With merge_repeats: ids [runs], a run of equal codes as one id. Raises ValueError for another shape, a dtype
+        that is not integer, or a code outside [0, card).
+        """
+        if codes.ndim != 2 or codes.shape[0] != self.n_q:
+            raise ValueError(f"codes must be [n_q={self.n_q}, frames], not {list(codes.shape)}")
+        if codes.dtype == torch.bool or codes.is_floating_point() or codes.is_complex():
+            raise ValueError(f"codes must be integers, not {codes.dtype}")
+        codes = codes.to(torch.int64)
+        if bool(((codes < 0) | (codes >= self.card)).any()):
+            raise ValueError(f"a code is outside [0, {self.card})")
+        if self.merge_repeats:
+            codes = torch.unique_consecutive(codes, dim=1) if codes.shape[1] else codes  # [1, runs]
+        return (codes + self._offsets(codes)).T.reshape(-1)
+
+    def codes(self, ids: Tensor) -> Tensor:
+        """Ids [n_q * frames] back to codes [n_q, frames] int64: the inverse of `audio_ids`.
+
+        With merge_repeats a frame is a run: how long it was is gone. Raises ValueError when an id is no code of the
+        codebook whose turn it is, or the last frame is not whole.
+        """
+        if ids.ndim != 1 or ids.numel() % self.n_q:
+            raise ValueError(f"audio ids must be [n_q * frames] with n_q = {self.n_q}, not {list(ids.shape)}")
+        codes = ids.to(torch.int64).reshape(-1, self.n_q).T  # [n_q, frames]
+        codes = codes - self._offsets(codes)
+        if bool(((codes < 0) | (codes >= self.card)).any()):
+            raise ValueError("an id is not a code of the codebook whose turn it is")
+        return codes.contiguous()
+
+    def is_text(self, ids: Tensor) -> Tensor:
+        """Bool, shape of ids: text pieces."""
+        return (ids >= 0) & (ids < self.text_size)
+
+    def is_audio(self, ids: Tensor) -> Tensor:
+        """Bool, shape of ids: codes of any codebook."""
+        return (ids >= self._audio_start) & (ids < self.size)
+
+    def fingerprint(self, text_model: bytes = b"") -> str:
+        """SHA-256 (hex) of the layout and the text model's bytes: equal only where ids mean the same."""
+        layout = self.to_dict() | {
+            "controls": list(self._controls),
+            "num_controls": self.num_controls,
+            "text_model": hashlib.sha256(text_model).hexdigest(),
+        }
+        return hashlib.sha256(json.dumps(layout, sort_keys=True).encode("utf-8")).hexdigest()
+
+    def to_dict(self) -> dict[str, int | bool]:
+        """The settings, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> "Vocabulary":
+        """The inverse of `to_dict`. Raises InputError for missing, unknown or invalid settings."""
+        known = {field.name for field in fields(cls)}
+        if wrong := sorted(known ^ set(settings)):
+            problem = "unknown" if wrong[0] in settings else "missing"
+            raise InputError(f"vocabulary.{wrong[0]}: {problem} setting (expected {', '.join(sorted(known))})")
+        return cls(**settings)
+
+    @property
+    def _audio_start(self) -> int:
+        return self.text_size + self.num_controls
+
+    def _control(self, name: str) -> int:
+        return self.text_size + self._controls.index(name)
+
+    def _offsets(self, like: Tensor) -> Tensor:
+        return self._audio_start + self.card * torch.arange(self.n_q, device=like.device)[:, None]  # [n_q, 1]

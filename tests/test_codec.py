@@ -1,0 +1,101 @@
+"""The codec contract, on our own codec with random weights and on EnCodec."""
+
+import pytest
+import torch
+
+from speechllm.codec import Codec, EncodecCodec, EncodecConfig, SpeechCodec, SpeechCodecConfig, load_codec, save_codec
+from speechllm.errors import InputError
+
+TINY = SpeechCodecConfig(
+    card=16, dim=16, depth=2, kernel=5, code_dim=4, acoustic_dim=16, acoustic_depth=1, decoder_dim=16, decoder_depth=1
+)
+
+
+def randomize(codec: SpeechCodec) -> SpeechCodec:
+    """Codebooks with values in them: k-means would fill them at the first training step."""
+    torch.manual_seed(0)
+    for name, buffer in codec.named_buffers():
+        if name.endswith("embed"):
+            buffer.copy_(torch.nn.functional.normalize(torch.randn_like(buffer), dim=-1))
+        if name.endswith("initted"):
+            buffer.fill_(True)
+    return codec.eval()
+
+
+@pytest.fixture(scope="module")
+def codec() -> SpeechCodec:
+    torch.manual_seed(0)
+    return randomize(SpeechCodec(TINY))
+
+
+@pytest.fixture(scope="module")
+def encodec() -> EncodecCodec:
+    torch.manual_seed(0)
+    return EncodecCodec(EncodecConfig(n_q=4)).eval()
+
+
+def noise(seconds: float, rate: int) -> torch.Tensor:
+    return 0.1 * torch.randn(1, round(seconds * rate), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ["codec", "encodec"])
+@pytest.mark.parametrize("seconds", [0.01, 0.04, 0.5, 1.23])
+def test_contract(name: str, seconds: float, request: pytest.FixtureRequest) -> None:
+    codec: Codec = request.getfixturevalue(name)
+    wav = noise(seconds, codec.sample_rate)
+    codes = codec.encode(wav)
+    frames = -(-wav.shape[1] // codec.hop_length)
+    assert codes.shape == (codec.n_q, frames)
+    assert codes.dtype == torch.int64
+    assert codes.min() >= 0 and codes.max() < codec.card
+    assert codec.decode(codes).shape == (1, frames * codec.hop_length)
+    assert torch.equal(codec.encode(wav, n_q=1), codes[:1])
+    assert torch.isfinite(codec.decode(codes[:2])).all()
+
+
+def test_codes_vary(codec: SpeechCodec) -> None:
+    assert len(codec.encode(noise(4, 16000))[0].unique()) > 3
+
+
+@pytest.mark.parametrize("chunk_seconds", [0.04, 0.5, 1.7])
+def test_chunk_size_changes_no_code(codec: SpeechCodec, chunk_seconds: float) -> None:
+    wav = noise(5.37, codec.sample_rate)
+    assert torch.equal(codec.encode(wav, chunk_seconds=chunk_seconds), codec.encode(wav))
+
+
+def test_folder_round_trip(codec: SpeechCodec, tmp_path) -> None:
+    save_codec(codec, tmp_path / "codec")
+    again = load_codec(tmp_path / "codec")
+    assert again.config == codec.config
+    assert again.fingerprint(1) == codec.fingerprint(1)
+    wav = noise(1, codec.sample_rate)
+    codes = codec.encode(wav)
+    assert torch.equal(again.encode(wav), codes)
+    assert torch.equal(again.decode(codes), codec.decode(codes))
+
+
+def test_fingerprint_of_codebook_0_ignores_the_acoustic_part(codec: SpeechCodec) -> None:
+    other = SpeechCodec(TINY)
+    other.load_state_dict(codec.state_dict())
+    with torch.no_grad():
+        other.acoustic.up.weight.add_(1)
+    assert other.fingerprint(1) == codec.fingerprint(1)
+    assert other.fingerprint(2) != codec.fingerprint(2)
+
+
+def test_bad_folders(codec: SpeechCodec, tmp_path) -> None:
+    with pytest.raises(InputError, match="not a codec folder"):
+        load_codec(tmp_path / "nowhere")
+    save_codec(codec, tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(InputError, match="damaged"):
+        load_codec(tmp_path)
+    (tmp_path / "config.json").write_text('{"kind": "gramophone"}')
+    with pytest.raises(InputError, match="gramophone"):
+        load_codec(tmp_path)
+
+
+def test_encodec_names_the_way_out_when_weights_are_missing(tmp_path) -> None:
+    with pytest.raises(InputError, match="name its folder as the repository"):
+        EncodecCodec.pretrained(EncodecConfig(), tmp_path)

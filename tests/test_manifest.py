@@ -1,0 +1,115 @@
+"""Manifests and the readers of recorded sets and captions."""
+
+import gzip
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+
+from speechllm.data.manifest import Utterance, append, load_wav, read_manifest, write_manifest
+from speechllm.data.recorded import read_captions, read_recorded
+from speechllm.errors import InputError
+
+RATE = 16000
+
+
+def utterance(**changes: object) -> Utterance:
+    values = {"id": "set/0", "audio": "a.flac", "duration": 1.0, "split": "train", "source": "set"}
+    return Utterance.model_validate(values | changes)
+
+
+def write_tone(path: Path, hertz: float) -> torch.Tensor:
+    wav = 0.3 * torch.sin(2 * torch.pi * hertz * torch.arange(RATE // 2) / RATE)[None]  # [1, samples]
+    soundfile.write(path, wav[0].numpy(), RATE)
+    return wav
+
+
+def test_manifest_round_trip(tmp_path: Path) -> None:
+    first = utterance(text="žluťoučký", translations={"de": "gelb"}, labels={"digit": 3, "snr_db": 12.5, "kind": "x"})
+    second = utterance(id="set/1", gender="female", language="en")
+    write_manifest(tmp_path / "m.jsonl", [first])
+    append(tmp_path / "m.jsonl", second)
+    assert read_manifest(tmp_path / "m.jsonl") == [first, second]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "object is expected"),
+        ('{"id": "b", "audio": "b", "duration": 1, "split": "train", "source": "s", "mood": 1}', "mood"),
+        ('{"id": "b", "audio": "b", "duration": 0, "split": "train", "source": "s"}', "duration"),
+        ('{"id": "b", "audio": "b", "tar": "t", "duration": 1, "split": "train", "source": "s"}', "go together"),
+        ('{"id": "set/0", "audio": "b", "duration": 1, "split": "train", "source": "s"}', "already on line 1"),
+    ],
+)
+def test_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "m.jsonl"
+    write_manifest(path, [utterance()])
+    path.write_text(path.read_text() + "\n" + line + "\n")
+    with pytest.raises(InputError, match=message) as caught:
+        read_manifest(path)
+    assert f"{path}, line 3" in str(caught.value)
+
+
+def test_missing_manifest_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere\.jsonl"):
+        read_manifest(tmp_path / "nowhere.jsonl")
+
+
+def test_load_wav_from_path_and_from_tar(tmp_path: Path) -> None:
+    tones = {name: write_tone(tmp_path / name, hertz) for name, hertz in (("a.flac", 300), ("b.flac", 700))}
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for name in tones:
+            tar.add(tmp_path / name, arcname=name)
+    with tarfile.open(tmp_path / "t.tar") as tar:
+        places = {member.name: {"tar_offset": member.offset_data, "tar_size": member.size} for member in tar}
+    for name, tone in tones.items():
+        plain = load_wav(utterance(audio=name), tmp_path, RATE)
+        packed = load_wav(utterance(audio=name, tar="t.tar", **places[name]), tmp_path, RATE)
+        assert plain.shape == (1, RATE // 2)
+        assert torch.equal(plain, packed)
+        torch.testing.assert_close(plain, tone, atol=1e-4, rtol=0)
+    beyond = utterance(tar="t.tar", tar_offset=10**6, tar_size=100)
+    with pytest.raises(InputError, match=r"t\.tar: ends before"):
+        load_wav(beyond, tmp_path, RATE)
+    with pytest.raises(InputError, match=r"t\.tar, member a\.flac"):
+        load_wav(utterance(tar="t.tar", tar_offset=0, tar_size=100), tmp_path, RATE)
+
+
+def test_read_recorded_maps_a_sets_own_keys(tmp_path: Path) -> None:
+    folder = tmp_path / "some_set"
+    folder.mkdir()
+    lines = [
+        {"audio": "0.opus", "tar": "dev.tar", "tar_offset": 512, "tar_size": 9, "duration": 0.3, "text": "zero"}
+        | {"language": "en", "speaker": "s1", "gender": "male", "digit": 0, "split": "dev"},
+        {"audio": "1.opus", "duration": 2, "text": None, "translation": {"en": "hi"}, "gender": "prefer not to say"}
+        | {"slots": {"size": "big"}, "complete": True, "source": "a site", "split": "train"},
+    ]
+    (folder / "manifest.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    digit, command = read_recorded(folder)
+    assert (digit.id, digit.source, digit.split, digit.gender) == ("some_set/0.opus", "some_set", "dev", "male")
+    assert (digit.tar, digit.tar_offset, digit.tar_size, digit.labels) == ("dev.tar", 512, 9, {"digit": 0})
+    assert command.translations == {"en": "hi"}
+    assert command.gender is None
+    assert command.source == "some_set"
+    assert json.loads(str(command.labels["slots"])) == {"size": "big"}
+    assert command.labels["complete"] == 1
+    assert command.labels["source"] == "a site"
+    assert command.labels["gender"] == "prefer not to say"
+
+
+def test_read_captions(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl.gz"
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write('{"id": "c0", "en": "A dog.", "de": "Ein Hund.", "fr": "Un chien."}\n')
+    (caption,) = read_captions(path)
+    assert (caption.id, caption.text) == ("c0", "A dog.")
+    assert caption.translations == {"de": "Ein Hund.", "fr": "Un chien."}
+    plain = tmp_path / "plain.jsonl.gz"
+    plain.write_text("{}")
+    with pytest.raises(InputError, match=r"plain\.jsonl\.gz"):
+        read_captions(plain)

@@ -1,0 +1,210 @@
+"""Voices, engines, and the command that makes a corpus with them."""
+
+import gzip
+import json
+import shutil
+import string
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import require_engine
+from typer import Typer
+from typer.testing import CliRunner
+
+from speechllm.data import synthesis
+from speechllm.data.manifest import read_manifest
+from speechllm.data.recorded import Caption
+from speechllm.data.synthesis import SAMPLE_RATE, VOICES, Voice, speak, voices
+from speechllm.errors import InputError
+from train.synthesize import DIGITS, Plan, digits_text, fragment_of, indices_done, main, make, room_for
+
+BY_NAME = {voice.name: voice for voice in VOICES}
+CAPTIONS = ("A man in a red hat & scarf, waiting.", "Two dogs run.", "A boy jumps into the lake.", "She sings.")
+
+ENGINES = ("--engine", "flite", "--engine", "espeak")  # those that CI has
+
+
+def pitch_of(wav: np.ndarray) -> float:
+    """Median over the voiced 40 ms pieces of the autocorrelation's best period, in Hz."""
+    size, shortest, longest = SAMPLE_RATE // 25, SAMPLE_RATE // 350, SAMPLE_RATE // 60
+    found = []
+    for start in range(0, len(wav) - size, size):
+        piece = wav[start : start + size] - wav[start : start + size].mean()
+        similarity = np.correlate(piece, piece, "full")[size - 1 :]
+        period = shortest + int(similarity[shortest:longest].argmax())
+        if similarity[0] > 0.1 and similarity[period] > 0.5 * similarity[0]:
+            found.append(SAMPLE_RATE / period)
+    return float(np.median(found))
+
+
+def test_no_person_is_in_two_splits_and_names_are_unique() -> None:
+    splits = defaultdict(set)
+    for voice in VOICES:
+        splits[voice.person].add(voice.split)
+    assert len(splits) >= 8
+    assert all(len(found) == 1 for found in splits.values())
+    assert len(BY_NAME) == len(VOICES)
+    # The same recorded speaker must carry the same person, whatever the engine: these pairs are one voice donor each.
+    assert BY_NAME["flite-slt"].person == BY_NAME["rhvoice-slt"].person
+    assert BY_NAME["flite-awb"].person == BY_NAME["rhvoice-alan"].person
+    assert BY_NAME["flite-kal16"].person == BY_NAME["festival-kal"].person
+
+
+def test_every_split_has_voices_and_train_shares_sum_to_one() -> None:
+    assert {voice.name for voice in voices("test")} == {"rhvoice-clb", "rhvoice-bdl"}
+    assert {voice.name for voice in voices("dev")} == {"festival-ked", "pico-en-gb"}
+    assert sum(voice.share for voice in voices("train")) == pytest.approx(1.0)
+    assert voices("train", "cs") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "program"),
+    [
+        ("flite-slt", "flite"),
+        ("espeak-f2", "espeak-ng"),
+        ("festival-ked", "text2wave"),
+        ("pico-en-us", "pico2wave"),
+        ("rhvoice-alan", "RHVoice-test"),
+    ],
+)
+def test_engines_speak_and_obey_rate_and_markup_is_text(name: str, program: str) -> None:
+    if program in ("flite", "espeak-ng"):
+        require_engine(program)
+    elif shutil.which(program) is None:
+        pytest.skip(f"{program} is optional, and not installed")
+    text = "The cat </speed> & the dog < sit on 'a' mat."
+    plain = speak(text, BY_NAME[name])
+    assert plain.dtype == np.float32
+    assert plain.ndim == 1
+    assert 1.0 < len(plain) / SAMPLE_RATE < 8.0
+    assert 0.01 < np.abs(plain).max() <= 1.01
+    slow, fast = (len(speak(text, BY_NAME[name], rate=rate)) for rate in (0.85, 1.2))
+    assert slow > 1.15 * fast
+    edge = np.abs(plain[-SAMPLE_RATE // 4 :]).max()
+    assert edge > 0.003, "the silence after the speech is still there"
+
+
+@pytest.mark.parametrize(("name", "program"), [("flite-slt", "flite"), ("espeak-m1", "espeak-ng")])
+def test_pitch_follows(name: str, program: str) -> None:
+    require_engine(program)
+    low, high = (pitch_of(speak(CAPTIONS[0], BY_NAME[name], pitch=pitch)) for pitch in (0.9, 1.1))
+    assert 1.08 < high / low < 1.4
+
+
+def test_missing_engine_or_voice_names_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for program in ("RHVoice-test", "text2wave"):
+        (tmp_path / program).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InputError, match="apt-get install flite"):
+        speak("hello", BY_NAME["flite-slt"])
+    for engine, package in (("rhvoice", "rhvoice-english"), ("festival", "festvox-kallpc16k")):
+        with pytest.raises(InputError, match=f"no-such-voice: apt-get install {package}"):
+            speak("hello", Voice("x", engine, "no-such-voice", "x", "en", "male", "train", 1.0))  # type: ignore[arg-type]
+
+
+def test_blank_text_is_the_users_error_and_silence_the_engines() -> None:
+    require_engine("espeak-ng")
+    with pytest.raises(InputError, match="no text"):
+        speak("  \n", BY_NAME["espeak-f1"])
+    with pytest.raises(synthesis.EngineError, match="espeak-f1: "):
+        speak("...", BY_NAME["espeak-f1"])
+
+
+def test_fragments_and_digits() -> None:
+    rng = np.random.default_rng(0)
+    fragments = {fragment_of(CAPTIONS[0], rng) for _ in range(200)}
+    assert len(fragments) > 10
+    assert all(fragment in CAPTIONS[0] for fragment in fragments)
+    assert all(not fragment or fragment[-1] not in string.punctuation for fragment in fragments)
+    assert {len(fragment.split()) for fragment in fragments} >= {1, 2, 3, 4}
+    sizes = [len(digits_text(rng).split()) for _ in range(400)]
+    assert set(sizes) == set(range(1, 7))
+    assert 0.4 < sizes.count(1) / 400 < 0.6
+
+
+def test_level_and_snr_are_what_was_asked_for() -> None:
+    time = np.arange(SAMPLE_RATE) / SAMPLE_RATE
+    tone = np.sin(2 * np.pi * 440 * time).astype(np.float32)
+    clean = room_for(tone, -20.0, None, None, np.random.default_rng(1))
+    noisy = room_for(tone, -20.0, 15.0, None, np.random.default_rng(1))
+    noise_db = 10 * np.log10(np.square(noisy - clean).mean())
+    assert 10 * np.log10(np.square(clean).sum() / SAMPLE_RATE) == pytest.approx(-20.0, abs=0.01)
+    assert noise_db == pytest.approx(-35.0, abs=0.01)
+    assert SAMPLE_RATE <= len(clean) <= 1.6 * SAMPLE_RATE
+    assert np.abs(room_for(tone, 0.0, None, None, np.random.default_rng(1))).max() <= 0.9901
+
+
+@pytest.fixture
+def captions(tmp_path: Path) -> Path:
+    path = tmp_path / "captions.jsonl.gz"
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        for number, text in enumerate(CAPTIONS):
+            file.write(json.dumps({"id": f"c{number}", "en": text, "de": f"Satz {number}"}) + "\n")
+    return path
+
+
+def test_utterance_follows_from_seed_and_index(tmp_path: Path) -> None:
+    require_engine("flite")
+    require_engine("espeak-ng")
+    items = tuple(Caption(f"c{n}", text, {"de": f"Satz {n}"}) for n, text in enumerate(CAPTIONS))
+    made = []
+    for folder in ("one", "two"):
+        plan = Plan("set", tmp_path / folder, items, "train", 0.5, 7, None, ("flite", "espeak"))
+        made.append([make(plan, index).utterance for index in range(8)])
+    assert made[0] == made[1]
+    assert None not in made[0]
+    for utterance in made[0]:
+        assert utterance is not None
+        wavs = [soundfile.read(tmp_path / folder / utterance.audio) for folder in ("one", "two")]
+        assert np.array_equal(wavs[0][0], wavs[1][0])
+        assert wavs[0][1] == SAMPLE_RATE
+        assert len(wavs[0][0]) / SAMPLE_RATE == pytest.approx(utterance.duration, abs=1e-3)
+        whole = items[int(str(utterance.labels["caption_id"])[1:])]
+        assert utterance.text == whole.text or (str(utterance.text) in whole.text and not utterance.translations)
+    turns = [[u.labels["caption_id"] for u in made[0][start : start + 4] if u] for start in (0, 4)]
+    assert all(sorted(turn) == ["c0", "c1", "c2", "c3"] for turn in turns), "every caption once before any repeats"
+
+
+def command(*arguments: str) -> tuple[int, str]:
+    app = Typer()
+    app.command()(main)
+    result = CliRunner().invoke(app, arguments)
+    return result.exit_code, result.output
+
+
+def test_command_is_resumable(tmp_path: Path) -> None:
+    require_engine("flite")
+    require_engine("espeak-ng")
+    out = tmp_path / "digits"
+    arguments = ("--text", "digits", "--seed", "3", "--out", str(out), "--jobs", "1", *ENGINES, "--count")
+    code, output = command(*arguments, "3")
+    assert code == 0
+    assert "3 made, 0 kept" in output
+    before = (out / "manifest.jsonl").read_text()
+    with (out / "manifest.jsonl").open("a") as file:
+        file.write('{"id": "digits/3", "audi')  # what a kill leaves behind
+    code, output = command(*arguments, "5")
+    assert code == 0
+    assert "2 made, 3 kept" in output
+    assert (out / "manifest.jsonl").read_text().startswith(before)
+    utterances = read_manifest(out / "manifest.jsonl")
+    assert [utterance.id for utterance in utterances] == [f"digits/{index}" for index in range(5)]
+    assert all(set(str(utterance.text).split()) <= set(DIGITS) for utterance in utterances)
+    assert indices_done(out / "manifest.jsonl") == set(range(5))
+
+
+def test_command_reports_bad_input_without_a_traceback(tmp_path: Path, captions: Path) -> None:
+    code, output = command("--text", str(tmp_path / "no.jsonl.gz"), "--out", str(tmp_path / "o"), "--count", "1")
+    assert code == 2
+    assert "no such captions file" in output
+    code, output = command(
+        "--text", "digits", "--split", "test", *ENGINES, "--out", str(tmp_path / "o"), "--count", "1"
+    )
+    assert code == 2
+    assert "has a voice for --split test" in output
+    code, output = command("--text", str(captions), "--split", "x", "--out", str(tmp_path / "o"), "--count", "1")
+    assert code == 2
+    assert "--split" in output

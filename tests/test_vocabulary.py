@@ -1,0 +1,128 @@
+"""The layout of ids and its arithmetic."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from speechllm.errors import InputError
+from speechllm.vocabulary import Vocabulary
+
+TWO = Vocabulary(text_size=100, n_q=2, card=8)
+ONE = Vocabulary(text_size=100, n_q=1, card=8)
+MERGED = Vocabulary(text_size=100, n_q=1, card=8, merge_repeats=True)
+
+
+@st.composite
+def layouts_and_codes(draw: st.DrawFn) -> tuple[Vocabulary, Tensor]:
+    n_q, card, frames = draw(st.integers(1, 4)), draw(st.integers(1, 9)), draw(st.integers(0, 12))
+    row = st.lists(st.integers(0, card - 1), min_size=frames, max_size=frames)
+    codes = draw(st.lists(row, min_size=n_q, max_size=n_q))
+    return Vocabulary(draw(st.integers(1, 50)), n_q, card), torch.tensor(codes, dtype=torch.int64).reshape(n_q, frames)
+
+
+def test_layout_is_text_then_controls_then_codebooks() -> None:
+    assert TWO.size == 100 + 32 + 2 * 8
+    assert (TWO.pad, TWO.audio_begin, TWO.audio_end, TWO.answer, TWO.end) == (100, 101, 102, 103, 104)
+    ids = torch.arange(-1, TWO.size + 1)
+    assert ids[TWO.is_text(ids)].tolist() == list(range(100))
+    assert ids[TWO.is_audio(ids)].tolist() == list(range(132, 148))
+
+
+def test_frames_are_interleaved_codebook_by_codebook() -> None:
+    codes = torch.tensor([[0, 1, 7], [2, 2, 7]])
+    ids = TWO.audio_ids(codes)
+    assert ids.dtype == torch.int64
+    assert ids.tolist() == [132, 142, 133, 142, 139, 147]
+    assert TWO.codes(ids).tolist() == codes.tolist()
+
+
+@settings(deadline=None)
+@given(layouts_and_codes())
+def test_flattening_is_reversible(case: tuple[Vocabulary, Tensor]) -> None:
+    vocabulary, codes = case
+    ids = vocabulary.audio_ids(codes)
+    assert ids.shape == (codes.numel(),)
+    assert bool(vocabulary.is_audio(ids).all())
+    assert not bool(vocabulary.is_text(ids).any())
+    assert torch.equal(vocabulary.codes(ids), codes)
+
+
+def test_int16_codes_from_disk_give_the_same_ids() -> None:
+    big = Vocabulary(text_size=30_000, n_q=2, card=20_000)
+    codes = torch.tensor([[19_999], [19_999]])
+    assert big.audio_ids(codes.to(torch.int16)).tolist() == big.audio_ids(codes).tolist() == [50_031, 70_031]
+
+
+def test_merging_writes_a_run_once() -> None:
+    codes = torch.tensor([[3, 3, 3, 1, 3, 3]])
+    assert MERGED.audio_ids(codes).tolist() == [135, 133, 135]
+    assert MERGED.codes(MERGED.audio_ids(codes)).tolist() == [[3, 1, 3]]
+    assert ONE.audio_ids(codes).tolist() == [135, 135, 135, 133, 135, 135]
+    assert MERGED.audio_ids(torch.zeros(1, 0, dtype=torch.int64)).shape == (0,)
+
+
+def test_merging_needs_one_codebook() -> None:
+    with pytest.raises(InputError, match="merge_repeats"):
+        Vocabulary(text_size=100, n_q=2, card=8, merge_repeats=True)
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [
+        torch.tensor([[0, 8], [0, 0]]),
+        torch.tensor([[0, -1], [0, 0]]),
+        torch.tensor([[0, 1]]),
+        torch.tensor([0, 1]),
+        torch.zeros(1, 2, 4, dtype=torch.int64),
+        torch.zeros(2, 4),
+    ],
+)
+def test_codes_that_do_not_fit_are_refused(codes: Tensor) -> None:
+    with pytest.raises(ValueError, match="code"):
+        TWO.audio_ids(codes)
+
+
+@pytest.mark.parametrize("ids", [[132], [132, 132], [140, 132], [99, 140], [132, 148], [104, 140]])
+def test_ids_that_are_no_frames_are_refused(ids: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"audio ids must be|codebook whose turn"):
+        TWO.codes(torch.tensor(ids))
+
+
+def test_text_pieces_keep_their_numbers() -> None:
+    assert TWO.text_ids([0, 5, 99]).tolist() == [0, 5, 99]
+    assert TWO.text_ids([]).dtype == torch.int64
+    for piece in (-1, 100):
+        with pytest.raises(ValueError, match="text piece"):
+            TWO.text_ids([piece])
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("text_size", 0), ("n_q", 0), ("card", -1), ("card", 8.0), ("merge_repeats", 1)]
+)
+def test_wrong_settings_are_named(setting: str, value: object) -> None:
+    settings: dict[str, object] = {"text_size": 100, "n_q": 1, "card": 8, "merge_repeats": False, setting: value}
+    with pytest.raises(InputError, match=f"vocabulary.{setting}"):
+        Vocabulary.from_dict(settings)
+
+
+def test_json_round_trip() -> None:
+    for vocabulary in (ONE, TWO, MERGED):
+        assert Vocabulary.from_dict(json.loads(json.dumps(vocabulary.to_dict()))) == vocabulary
+    with pytest.raises(InputError, match=r"vocabulary\.extra: unknown"):
+        Vocabulary.from_dict(TWO.to_dict() | {"extra": 1})
+    with pytest.raises(InputError, match=r"vocabulary\.card: missing"):
+        Vocabulary.from_dict({key: value for key, value in TWO.to_dict().items() if key != "card"})
+
+
+def test_fingerprint_tells_layouts_and_text_models_apart() -> None:
+    prints = {vocabulary.fingerprint(model) for vocabulary in (ONE, TWO, MERGED) for model in (b"", b"a", b"b")}
+    assert len(prints) == 9
+    # Stored in checkpoints: this value must never change.
+    assert TWO.fingerprint(b"a") == Vocabulary(100, 2, 8).fingerprint(b"a") == GOLDEN
+
+
+GOLDEN = "611a1270507bf740c985d9a6e172190ecea40a11e0f25cab3ddd9afe3eccb141"

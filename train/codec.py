@@ -1,0 +1,85 @@
+"""Train the 16 kHz speech codec: ``python -m train.codec --config train/configs/codec-16k.yaml``."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from speechllm.codec import SpeechCodec, SpeechCodecConfig, load_codec, save_codec
+from speechllm.data.corpus import read_corpus
+from speechllm.errors import InputError
+from train.codec_acoustic import AcousticSettings, train_acoustic
+from train.codec_data import CtcData, phoneme_inventory, transcribable
+from train.codec_semantic import SemanticSettings, train_semantic
+from train.config import Settings, read_config
+from train.loop import Interrupted
+
+
+class CodecTraining(Settings):
+    """The YAML file: where the audio is, the sizes of the codec, and each stage's settings."""
+
+    out: Path
+    seed: int = 0
+    manifests: list[Path]
+    dev_manifests: list[Path]
+    codec: SpeechCodecConfig = SpeechCodecConfig()
+    semantic: SemanticSettings
+    acoustic: AcousticSettings
+
+
+def acoustic_stage(config: CodecTraining, resume: bool) -> None:
+    codec = load_codec(config.out / "codec")
+    assert isinstance(codec, SpeechCodec)
+    torch.manual_seed(config.seed)
+    train, dev = read_corpus(config.manifests, "train"), read_corpus(config.dev_manifests, "dev")
+    train_acoustic(codec, train, dev, config.acoustic, config.out, config.seed, resume)
+    save_codec(codec, config.out / "codec")
+
+
+class Stage(str, Enum):
+    semantic = "semantic"
+    acoustic = "acoustic"
+
+
+def semantic_stage(config: CodecTraining, resume: bool) -> None:
+    train_items = transcribable(read_corpus(config.manifests, "train"))
+    dev_items = transcribable(read_corpus(config.dev_manifests, "dev"))
+    started = config.out / "semantic" / "codec"
+    if resume and started.exists():
+        codec = load_codec(started)  # the phonemes of the run that is resumed, whatever the corpus holds by now
+        assert isinstance(codec, SpeechCodec)
+    else:
+        torch.manual_seed(config.seed)
+        inventory = phoneme_inventory(train_items)
+        codec = SpeechCodec(config.codec.model_copy(update={"phonemes": inventory}))
+        save_codec(codec, started)
+    inventory, rate = codec.config.phonemes, codec.sample_rate
+    train = CtcData(train_items, inventory, codec.mel, rate)
+    dev = CtcData(dev_items, inventory, codec.mel, rate)
+    train_semantic(codec, train, dev, config.semantic, config.out, config.seed, resume)
+    save_codec(codec, config.out / "codec")
+
+
+def main(
+    config: Annotated[Path, typer.Option(help="YAML file; see train/configs/codec-16k.yaml")],
+    stage: Annotated[Stage, typer.Option(help="semantic first, then acoustic")] = Stage.semantic,
+    resume: Annotated[bool, typer.Option(help="go on from the last saved state")] = False,
+) -> None:
+    """Train one stage of the codec; the result is written to OUT/codec."""
+    try:
+        settings = read_config(config, CodecTraining)
+        {Stage.semantic: semantic_stage, Stage.acoustic: acoustic_stage}[stage](settings, resume)
+    except InputError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except Interrupted as stop:
+        typer.echo(str(stop), err=True)
+        raise typer.Exit(130) from stop
+
+
+if __name__ == "__main__":
+    typer.run(main)

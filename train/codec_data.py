@@ -1,0 +1,79 @@
+"""Batches for codec training: cached log-mel features, phoneme targets, waveform crops."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from speechllm.codec.layers import MEL_HOP, Downsample, LogMel
+from speechllm.data.augment import augment
+from speechllm.data.corpus import Item
+from speechllm.data.phonemes import VOICES, phonemes
+
+
+@dataclass(frozen=True)
+class CtcBatch:
+    mel: Tensor  # float32 [B, 4 T, n_mels]
+    frames: Tensor  # int64 [B], frames of each clip
+    targets: Tensor  # int64 [B, phonemes], padded with 0
+    target_lengths: Tensor  # int64 [B]
+
+    @property
+    def mask(self) -> Tensor:  # bool [B, T]
+        return torch.arange(self.mel.shape[1] // Downsample.FACTOR)[None] < self.frames[:, None]
+
+
+def transcribable(items: list[Item]) -> list[Item]:
+    """The items that phonemes can be had for: a verbatim text in a language espeak-ng speaks."""
+    return [
+        i
+        for i in items
+        if i.utterance.text and i.utterance.language in VOICES and not i.utterance.labels.get("text_note")
+    ]
+
+
+def phoneme_inventory(items: list[Item], least: int = 20) -> tuple[str, ...]:
+    """Phonemes heard at least ``least`` times in the corpus, in alphabetical order."""
+    counts: Counter[str] = Counter()
+    for item in items:
+        counts.update(phonemes(item.utterance.text or "", item.utterance.language or ""))
+    return tuple(sorted(p for p, n in counts.items() if n >= least))
+
+
+class CtcData:
+    """Features and phoneme ids of a corpus; features are computed when first asked for and kept as float16."""
+
+    def __init__(self, items: list[Item], inventory: tuple[str, ...], mel: LogMel, sample_rate: int):
+        self.items, self.mel, self.sample_rate = items, mel, sample_rate
+        index = {p: i + 1 for i, p in enumerate(inventory)}
+        self.targets = [
+            torch.tensor([index[p] for p in phonemes(i.utterance.text or "", i.utterance.language or "") if p in index])
+            for i in items
+        ]
+        self._features: dict[int, Tensor] = {}
+
+    def feature(self, index: int) -> Tensor:
+        """Log-mel ``[columns, n_mels]`` of item ``index``."""
+        if index not in self._features:
+            wav = self.items[index].wav(self.sample_rate)
+            wav = F.pad(wav, (0, -wav.shape[-1] % (MEL_HOP * Downsample.FACTOR)))
+            with torch.inference_mode():
+                self._features[index] = self.mel(wav)[0].half()
+        return self._features[index].float()
+
+    def batch(self, indices: list[int], rng: Random | None) -> CtcBatch:
+        """Clips ``indices`` padded to one length; augmented when ``rng`` is given."""
+        mels = [self.feature(i) for i in indices]
+        if rng is not None:
+            mels = [augment(mel, rng) for mel in mels]
+        mels = [F.pad(mel, (0, 0, 0, -len(mel) % Downsample.FACTOR), value=float(mel.min())) for mel in mels]
+        frames = torch.tensor([len(mel) // Downsample.FACTOR for mel in mels])
+        targets = [self.targets[i] for i in indices]
+        lengths = torch.tensor([len(t) for t in targets])
+        return CtcBatch(pad_sequence(mels, batch_first=True), frames, pad_sequence(targets, batch_first=True), lengths)

@@ -1,0 +1,122 @@
+"""Encode a corpus to codes once: ``python -m train.encode MANIFEST --codec tokenizers/codec --out DIR``."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Annotated
+
+import torch
+import typer
+from datasets import Dataset, Features, Sequence, Value
+
+from speechllm.audio import resample
+from speechllm.codec import Codec, load_codec
+from speechllm.data.corpus import Item, read_corpus
+from speechllm.data.encoded import INFO
+from speechllm.errors import InputError
+from train.loop import progress_bar
+
+SHARD = 500  # utterances in a file; what an interruption can lose
+FEATURES = Features(
+    {
+        "id": Value("string"),
+        "split": Value("string"),
+        "source": Value("string"),
+        "speaker": Value("string"),
+        "language": Value("string"),
+        "text": Value("string"),
+        "translations": Value("string"),  # JSON: a struct would need every language in every row
+        "labels": Value("string"),
+        "duration": Value("float32"),
+        "n_q": Value("int16"),
+        "codes": Sequence(Value("int16")),
+    }
+)
+
+
+def encode_row(codec: Codec, item: Item, n_q: int, copy: int) -> dict:
+    """One utterance as a row. Copy 0 is as recorded; the others are played at another speed and level."""
+    wav = item.wav(codec.sample_rate)
+    if copy:
+        rng = Random(f"{item.utterance.id} {copy}")
+        wav = resample(wav, codec.sample_rate, round(codec.sample_rate / rng.uniform(0.88, 1.14) / 100) * 100)
+        wav = wav * rng.uniform(0.3, 1.2)
+    codes = codec.encode(wav, n_q=n_q)
+    known = item.utterance
+    return {
+        "id": known.id if not copy else f"{known.id}#{copy}",
+        "split": known.split,
+        "source": known.source,
+        "speaker": known.speaker,
+        "language": known.language,
+        "text": known.text,
+        "translations": json.dumps(known.translations, ensure_ascii=False),
+        "labels": json.dumps(known.labels, ensure_ascii=False),
+        "duration": known.duration,
+        "n_q": n_q,
+        "codes": codes.flatten().to(torch.int16).numpy(),
+    }
+
+
+def encode_shard(number: int, items: list[Item], codec_folder: Path, n_q: int, copies: int, out: Path) -> int:
+    """Write one shard, whole or not at all; returns its number of utterances."""
+    torch.set_num_threads(1)
+    codec = load_codec(codec_folder)
+    rows = [encode_row(codec, item, n_q, copy) for copy in range(copies) for item in items]
+    path = out / f"{number:05d}.parquet"
+    Dataset.from_list(rows, features=FEATURES).to_parquet(str(path.with_suffix(".new")))
+    path.with_suffix(".new").replace(path)
+    return len(items)
+
+
+def encode_corpus(manifest: Path, codec_folder: Path, out: Path, n_q: int, copies: int, jobs: int) -> None:
+    """Encode every utterance of ``manifest`` (a manifest or a recorded set's folder) that is not in ``out`` yet.
+
+    Raises:
+        InputError: ``out`` was encoded with another codec or other settings.
+    """
+    items = [item for split in ("train", "dev", "test") for item in read_corpus([manifest], split, may_be_empty=True)]
+    info = {"codec": load_codec(codec_folder).fingerprint(n_q), "n_q": n_q}
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / INFO).is_file() and json.loads((out / INFO).read_text()) != info:
+        raise InputError(f"{out}: encoded with another codec or n_q; give another --out, or remove it")
+    (out / INFO).write_text(json.dumps(info) + "\n")
+    shards = {n: items[start : start + SHARD] for n, start in enumerate(range(0, len(items), SHARD))}
+    done = {int(path.stem) for path in out.glob("*.parquet")}
+    todo = {n: shard for n, shard in shards.items() if n not in done}
+    work = partial(encode_shard, codec_folder=codec_folder, n_q=n_q, copies=copies, out=out)
+    with progress_bar() as bar, multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        task = bar.add_task(f"encode {manifest}", total=len(items))
+        bar.advance(task, sum(len(shards[n]) for n in done))
+        results = [pool.apply_async(work, (n, shard)) for n, shard in todo.items()]
+        for result in results:
+            bar.advance(task, result.get())
+
+
+def main(
+    manifest: Annotated[Path, typer.Argument(help="a manifest.jsonl, or the folder of a recorded set")],
+    out: Annotated[Path, typer.Option(help="folder for the shards; what is there already is kept")],
+    codec: Annotated[Path, typer.Option(help="codec folder")] = Path("tokenizers/codec"),
+    n_q: Annotated[int, typer.Option(help="codebooks to keep", min=1)] = 1,
+    copies: Annotated[
+        int, typer.Option(help="versions of each utterance; all but the first at another speed", min=1)
+    ] = 1,
+    jobs: Annotated[int, typer.Option(help="processes", min=1)] = 2,
+) -> None:
+    """Turn the audio of a corpus into codes. Interrupted, it goes on where it was when started again."""
+    try:
+        encode_corpus(manifest, codec, out, n_q, copies, jobs)
+    except InputError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        typer.echo("stopped; run the same command again to go on", err=True)
+        raise typer.Exit(130) from error
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,65 @@
+"""What the LM is trained to do, as one module so that DeepSpeed wraps all of it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from speechllm.data.mixture import TrainingBatch
+from speechllm.prompt import IGNORE_INDEX
+
+
+class Objective(nn.Module):
+    """Next-id loss on answers, load balance of the experts, and CTC on the audio positions.
+
+    The CTC head reads the transcript's text pieces off the hidden states behind layer ``ctc_layer`` at the audio
+    positions. It makes a decoder trained from scratch listen early; it is not part of the checkpoint.
+    """
+
+    def __init__(self, lm: PreTrainedModel, text_size: int, ctc_layer: int, ctc_weight: float, aux_weight: float):
+        super().__init__()
+        self.lm, self.ctc_layer, self.ctc_weight, self.aux_weight = lm, ctc_layer, ctc_weight, aux_weight
+        self.ctc_head = nn.Linear(lm.config.hidden_size, text_size + 1)  # 0 is the blank
+
+    def forward(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Scalar losses: ``loss`` is the one to minimise; ``answer``, ``ctc``, ``aux`` its parts; and ``load [experts]``."""
+        ids, labels, mask = batch.lm.input_ids, batch.lm.labels, batch.lm.attention_mask
+        router = hasattr(self.lm.config, "num_local_experts")
+        # no attention mask: padding is on the right, where causal attention cannot see it
+        output = self.lm.base_model(
+            input_ids=ids,
+            use_cache=False,
+            output_hidden_states=True,
+            **({"output_router_logits": True} if router else {}),
+        )
+        target = labels[:, 1:]  # the one place where labels are shifted
+        scored = target != IGNORE_INDEX
+        # only answers are scored, so only they pay for the softmax over the vocabulary
+        logits = self.lm.get_output_embeddings()(output.last_hidden_state[:, :-1][scored])
+        answer = F.cross_entropy(logits.float(), target[scored])
+        losses = {"answer": answer, "loss": answer}
+        if router:
+            experts, top_k = self.lm.config.num_local_experts, self.lm.config.num_experts_per_tok
+            losses["aux"] = load_balancing_loss_func(output.router_logits, experts, top_k, mask)
+            losses["loss"] = losses["loss"] + self.aux_weight * losses["aux"]
+            with torch.no_grad():
+                chosen = torch.stack([r.topk(top_k).indices for r in output.router_logits])
+                losses["load"] = torch.bincount(chosen.flatten(), minlength=experts) / chosen.numel()
+        if self.ctc_weight:
+            losses["ctc"] = self.ctc(output.hidden_states[self.ctc_layer], batch)
+            losses["loss"] = losses["loss"] + self.ctc_weight * losses["ctc"]
+        return losses
+
+    def ctc(self, hidden: Tensor, batch: TrainingBatch) -> Tensor:
+        """CTC loss per text piece (Graves et al. 2006) of ``hidden [B, seq, hidden]``."""
+        kept = [row[mask] for row, mask in zip(hidden, batch.audio_mask, strict=True)]
+        log_probs = self.ctc_head(pad_sequence(kept)).float().log_softmax(-1)  # [audio, B, text_size + 1]
+        lengths = torch.tensor([len(row) for row in kept], device=hidden.device)
+        loss = F.ctc_loss(
+            log_probs, batch.transcripts + 1, lengths, batch.transcript_lengths, reduction="sum", zero_infinity=True
+        )
+        return loss / batch.transcript_lengths.sum().clamp_min(1)

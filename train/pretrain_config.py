@@ -1,0 +1,72 @@
+"""The settings of a pretraining run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from speechllm.model import ModelConfig
+from speechllm.tasks import TASKS
+from train.config import Settings
+
+
+class Pretraining(Settings):
+    """The YAML file of ``train/pretrain.py``."""
+
+    name: str = "tiny"
+    out: Path
+    seed: int = 0
+    text_model: Path = Path("tokenizers/text.model")
+    codec: Path = Path("tokenizers/codec")
+    corpora: list[Path] = Field(description="folders written by train.encode")
+    dev_corpora: list[Path]
+    tasks: dict[str, float] = Field(description="task name: share among the tasks an utterance has an answer for")
+    model: ModelConfig = ModelConfig()
+    n_q: int = Field(1, ge=1, description="codebooks the LM sees")
+    merge_repeats: bool = Field(True, description="write a run of equal codes as one id")
+    max_audio_seconds: float = Field(12.0, gt=0)
+    max_answer_tokens: int = Field(96, gt=0)
+
+    steps: int = Field(gt=0)
+    learning_rate: float = Field(2e-3, gt=0)
+    warmup: int = Field(300, ge=1)
+    weight_decay: float = Field(0.05, ge=0)
+    batch_tokens: float = Field(2000, gt=0, description="per process and micro batch")
+    max_examples: int = Field(48, ge=1, description="per process and micro batch")
+    short_first: int = Field(1000, ge=0, description="steps over which utterances of growing length come in")
+    code_noise: float = Field(0.03, ge=0, lt=1, description="share of frames whose codes are replaced by random ones")
+    ctc_weight: float = Field(0.3, ge=0)
+    ctc_layer: int = Field(3, ge=1, description="layer whose states the CTC head reads; at most num_layers")
+    aux_weight: float = Field(0.01, ge=0, description="of the experts' load-balancing loss")
+
+    grad_accum_steps: int = Field(1, ge=1)
+    zero_stage: int = Field(0, ge=0, le=2)
+    log_every: int = Field(20, ge=1)
+    evaluate_every: int = Field(500, ge=1)
+    save_every: int = Field(500, ge=1)
+    decode_examples: int = Field(40, ge=1, description="clips of each dev corpus decoded for WER and BLEU")
+
+    @field_validator("tasks")
+    @classmethod
+    def _known_tasks(cls, tasks: dict[str, float]) -> dict[str, float]:
+        for name, share in tasks.items():
+            if name not in TASKS:
+                raise ValueError(f"unknown task {name!r}: known are {', '.join(TASKS)}")
+            if share <= 0:
+                raise ValueError(f"the share of {name} must be above 0; leave the task out instead")
+        return tasks
+
+    def deepspeed_config(self, world: int, gpu: bool) -> dict[str, Any]:
+        """The dictionary DeepSpeed takes. Batches are measured in tokens, so its own batch size is nominal."""
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": self.grad_accum_steps,
+            "train_batch_size": world * self.grad_accum_steps,
+            "gradient_clipping": 1.0,
+            "zero_optimization": {"stage": self.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": gpu},
+            "steps_per_print": 10**9,
+        }

@@ -1,0 +1,296 @@
+"""Make a corpus of synthetic speech: `python -m train.synthesize --text FILE.jsonl.gz|digits|nonspeech …`.
+
+Every utterance follows from (seed, index) alone, so an interrupted run goes on where it stopped and gives the same
+corpus. Train utterances vary in voice, rate, pitch, level and noise; dev and test ones do not, and the voices of those
+splits speak in turn, each its own captions.
+"""
+
+import multiprocessing
+import re
+import signal
+import string
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import numpy as np
+import soundfile
+import torch
+import typer
+from rich.console import Console
+
+from speechllm.data.manifest import Split, Utterance, append, load_wav, read_manifest
+from speechllm.data.recorded import Caption, read_captions, read_recorded
+from speechllm.data.synthesis import SAMPLE_RATE, Engine, EngineError, Voice, require_voice, speak, voices
+from speechllm.errors import InputError
+from train.loop import progress_bar
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+LANGUAGE = "en"
+RATES, PITCHES = (0.85, 1.2), (0.9, 1.1)  # factors
+LEVELS_DB = (-30.0, -12.0)  # dBFS, rms of the speech
+CLEAN_LEVEL_DB = -23.0  # of dev and test
+NOISE_SHARE, SNRS_DB = 0.3, (10.0, 30.0)
+MAX_SILENCE = 0.3  # seconds, at each end
+MAX_FRAGMENT = 4  # words
+MAX_DIGITS = 6
+PEAK = 0.99
+REPORTED_FAILURES = 5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every utterance of a run follows from. The text is "digits", "nonspeech", or the file of the captions."""
+
+    name: str
+    out: Path
+    text: str
+    captions: tuple[Caption, ...]
+    split: Split
+    fragments: float
+    seed: int
+    noise: Path | None
+    engines: tuple[str, ...] = get_args(Engine)
+
+    def voices(self) -> list[Voice]:
+        return [voice for voice in voices(self.split, LANGUAGE) if voice.engine in self.engines]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One utterance made, or why it was not."""
+
+    utterance: Utterance | None
+    failure: str = ""
+
+
+def fragment_of(text: str, rng: np.random.Generator) -> str:
+    """A random run of 1 to 4 consecutive words, without punctuation at its ends."""
+    words = text.split()
+    size = int(rng.integers(1, min(MAX_FRAGMENT, len(words)) + 1))
+    start = int(rng.integers(0, len(words) - size + 1))
+    return " ".join(words[start : start + size]).strip(string.punctuation + " ")
+
+
+def digits_text(rng: np.random.Generator) -> str:
+    """A single digit word half of the time, 2 to 6 of them otherwise."""
+    size = 1 if rng.random() < 0.5 else int(rng.integers(2, MAX_DIGITS + 1))
+    return " ".join(DIGITS[digit] for digit in rng.integers(0, len(DIGITS), size))
+
+
+@cache
+def _order(count: int, seed: int, turn: int) -> np.ndarray:
+    """The order of the captions [count] when they are gone through for the `turn`-th time."""
+    return np.random.default_rng([seed, turn]).permutation(count)
+
+
+@cache
+def _recordings(folder: Path) -> tuple[np.ndarray, ...]:
+    """The train split of a recorded set of noises, each float32 [samples]."""
+    noises = [load_wav(item, folder, SAMPLE_RATE)[0].numpy() for item in read_recorded(folder) if item.split == "train"]
+    noises = [noise for noise in noises if np.square(noise).mean() > 1e-10]
+    if not noises:
+        raise InputError(f"{folder}: no audible noise in its train split")
+    return tuple(noises)
+
+
+def _noise(samples: int, folder: Path | None, rng: np.random.Generator) -> np.ndarray:
+    """Noise of rms 1, [samples]: a piece of a recording half of the time when there are any, else white or pink."""
+    if folder is not None and rng.random() < 0.5:
+        recordings = _recordings(folder)
+        recording = recordings[int(rng.integers(len(recordings)))]
+        noise = np.take(recording, np.arange(samples) + int(rng.integers(len(recording))), mode="wrap")
+    else:
+        noise = rng.standard_normal(samples)
+        if rng.random() < 0.5:  # pink: power falls as 1 / frequency
+            spectrum = np.fft.rfft(noise)
+            noise = np.fft.irfft(spectrum / np.sqrt(np.maximum(np.arange(len(spectrum)), 1)), samples)
+    return noise / max(np.sqrt(np.square(noise).mean()), 1e-6)
+
+
+def nonspeech(noise: Path | None, rng: np.random.Generator) -> np.ndarray:
+    """Up to 8 seconds without speech, [samples]: silence, noise, hum, or tones that come and go like a tune."""
+    samples = int(rng.uniform(0.3, 8.0) * SAMPLE_RATE)
+    seconds = np.arange(samples) / SAMPLE_RATE
+    kind = rng.random()
+    if kind < 0.5:
+        wav = _noise(samples, noise, rng)
+    elif kind < 0.65:
+        wav = sum(np.sin(2 * np.pi * 50.0 * n * seconds) / n for n in range(1, 6)) + 0.1 * rng.standard_normal(samples)
+    elif kind < 0.9:
+        notes = 220 * 2 ** (
+            rng.integers(0, 25, 1 + samples // 4000) / 12
+        )  # semitones of two octaves, a quarter second each
+        pitch = np.repeat(notes, 4000)[:samples]
+        phase = 2 * np.pi * np.cumsum(pitch) / SAMPLE_RATE
+        wav = np.sin(phase) + 0.5 * np.sin(2 * phase) + 0.02 * rng.standard_normal(samples)
+    else:
+        return rng.standard_normal(samples) * 10 ** (rng.uniform(-100, -60) / 20)
+    wav = wav / np.sqrt(np.square(wav).mean()) * 10 ** (rng.uniform(-55, -18) / 20)
+    return wav * min(1.0, PEAK / np.abs(wav).max())
+
+
+def room_for(
+    speech: np.ndarray, level_db: float, snr_db: float | None, noise: Path | None, rng: np.random.Generator
+) -> np.ndarray:
+    """`speech` [samples] at a level, with silence around it and noise over all; scaled down rather than clipped."""
+    rms = 10 ** (level_db / 20)
+    speech = speech * (rms / np.sqrt(np.square(speech).mean()))
+    before, after = (int(seconds * SAMPLE_RATE) for seconds in rng.uniform(0, MAX_SILENCE, 2))
+    wav = np.pad(speech, (before, after))
+    if snr_db is not None:
+        wav = wav + _noise(len(wav), noise, rng) * rms * 10 ** (-snr_db / 20)
+    return wav * min(1.0, PEAK / np.abs(wav).max())
+
+
+def _voice(plan: Plan, index: int, rng: np.random.Generator) -> Voice:
+    """By share in train, in turn in dev and test."""
+    choices = plan.voices()
+    if plan.split != "train":
+        return choices[index % len(choices)]
+    shares = np.array([voice.share for voice in choices])
+    return choices[int(rng.choice(len(choices), p=shares / shares.sum()))]
+
+
+def make(plan: Plan, index: int) -> Outcome:
+    """Speak and write utterance `index`."""
+    rng = np.random.default_rng([plan.seed, 0, index])
+    if plan.text == "nonspeech":
+        return Outcome(_write(plan, index, nonspeech(plan.noise, rng), text=""))
+    labels: dict[str, str | int | float] = {}
+    translations: dict[str, str] = {}
+    if plan.captions:
+        turn, place = divmod(index, len(plan.captions))
+        caption = plan.captions[_order(len(plan.captions), plan.seed, turn)[place]]
+        text, translations = " ".join(caption.text.split()), caption.translations
+        labels["caption_id"] = caption.id
+        if rng.random() < plan.fragments:
+            fragment = fragment_of(text, rng)
+            if re.search(r"\w", fragment):  # a run of punctuation alone cannot be spoken
+                text, translations = fragment, {}
+    else:
+        text = digits_text(rng)
+    voice = _voice(plan, index, rng)
+    labels["voice"] = voice.name
+    varied = plan.split == "train"
+    rate, pitch, level_db = rng.uniform(*RATES), rng.uniform(*PITCHES), rng.uniform(*LEVELS_DB)
+    if not varied:
+        rate, pitch, level_db = 1.0, 1.0, CLEAN_LEVEL_DB
+    snr_db = round(rng.uniform(*SNRS_DB), 1) if varied and rng.random() < NOISE_SHARE else None
+    if snr_db is not None:
+        labels["snr_db"] = snr_db
+    try:
+        speech = speak(text, voice, rate, pitch)
+    except EngineError as error:
+        return Outcome(None, f"utterance {index}: {error}")
+    wav = room_for(speech, level_db, snr_db, plan.noise, rng)
+    known = {"speaker": voice.name, "gender": voice.gender, "language": LANGUAGE}
+    return Outcome(_write(plan, index, wav, text=text, translations=translations, labels=labels, **known))
+
+
+def _write(plan: Plan, index: int, wav: np.ndarray, **known: Any) -> Utterance:
+    """Write the audio [samples] and say what is known about it."""
+    audio = f"audio/{index // 1000:03d}/{index:07d}.flac"
+    path = plan.out / audio
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, wav, SAMPLE_RATE, subtype="PCM_16")
+    duration = round(len(wav) / SAMPLE_RATE, 4)
+    return Utterance(
+        id=f"{plan.name}/{index}", audio=audio, duration=duration, split=plan.split, source=plan.name, **known
+    )
+
+
+_plan: Plan | None = None  # of this worker process
+
+
+def _start_worker(plan: Plan) -> None:
+    global _plan
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    torch.set_num_threads(1)
+    _plan = plan
+
+
+def _work(index: int) -> Outcome:
+    assert _plan is not None
+    return make(_plan, index)
+
+
+def indices_done(manifest: Path) -> set[int]:
+    """Indices in a manifest of an earlier run; a last line cut short by a kill is removed from the file."""
+    if not manifest.exists():
+        return set()
+    content = manifest.read_bytes()
+    if not content.endswith(b"\n"):
+        manifest.write_bytes(content[: content.rfind(b"\n") + 1])
+    return {int(utterance.id.rpartition("/")[2]) for utterance in read_manifest(manifest)}
+
+
+def synthesize(plan: Plan, count: int, jobs: int, console: Console) -> Counter[str]:
+    """Make what is missing of utterances 0 ... count - 1, in order; counts of 'made', 'kept' and 'failed'."""
+    if plan.text != "nonspeech" and not plan.voices():
+        raise InputError(f"--engine {' '.join(plan.engines)}: none of these has a voice for --split {plan.split}")
+    for voice in plan.voices() if plan.text != "nonspeech" else ():
+        require_voice(voice)
+    if plan.noise is not None:
+        _recordings(plan.noise)
+    plan.out.mkdir(parents=True, exist_ok=True)
+    manifest = plan.out / "manifest.jsonl"
+    done = indices_done(manifest)
+    missing = [index for index in range(count) if index not in done]
+    tally = Counter(kept=count - len(missing), made=0, failed=0)
+    context = multiprocessing.get_context("spawn")  # a forked torch may hang
+    with (
+        progress_bar(console) as progress,
+        context.Pool(min(jobs, max(len(missing), 1)), _start_worker, (plan,)) as pool,
+    ):
+        task = progress.add_task(plan.name, total=count, completed=count - len(missing))
+        for outcome in pool.imap(_work, missing, chunksize=4):
+            if outcome.utterance is None:
+                tally["failed"] += 1
+                if tally["failed"] <= REPORTED_FAILURES:
+                    console.print(f"failed: {outcome.failure}", markup=False)
+            else:
+                append(manifest, outcome.utterance)
+                tally["made"] += 1
+            progress.advance(task)
+    return tally
+
+
+def main(
+    text: Annotated[
+        str, typer.Option(help="Captions file (.jsonl.gz with id, en, de, fr, cs), 'digits' or 'nonspeech'")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for audio/ and manifest.jsonl; an earlier run there is continued")],
+    count: Annotated[int, typer.Option(min=1, help="Number of utterances")],
+    split: Annotated[Split, typer.Option(help="Whose voices speak")] = "train",
+    fragments: Annotated[float, typer.Option(min=0, max=1, help="Share that speaks only 1-4 words of a caption")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="The corpus follows from it")] = 1,
+    noise: Annotated[Path | None, typer.Option(help="Recorded set whose train split is mixed in as noise")] = None,
+    engine: Annotated[list[str] | None, typer.Option(help="Only voices of this engine; repeatable")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes")] = 2,
+) -> None:
+    """Make a corpus of synthetic speech."""
+    console = Console(stderr=True)
+    try:
+        engines = tuple(engine or get_args(Engine))
+        if unknown := set(engines) - set(get_args(Engine)):
+            raise InputError(f"--engine {' '.join(sorted(unknown))}: give any of {', '.join(get_args(Engine))}")
+        captions = () if text in ("digits", "nonspeech") else tuple(read_captions(text))
+        plan = Plan(out.resolve().name, out, text, captions, split, fragments, seed, noise, engines)
+        tally = synthesize(plan, count, jobs, console)
+    except InputError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; the same command goes on from {out}", err=True)
+        raise typer.Exit(130) from None
+    summary = f"{out}: {tally['made']} made, {tally['kept']} kept from before, {tally['failed']} failed"
+    typer.echo(summary, err=bool(tally["failed"]))
+    if tally["failed"]:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
