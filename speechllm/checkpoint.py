@@ -71,7 +71,7 @@ def save_checkpoint(
     max_answer_tokens: int,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write all parts to ``folder``: the LM's weights as ``dtype``, in files of at most 15 MB; the codec's folder as is."""
+    """Write all parts to ``folder``: the LM's weights as ``dtype``, in files of at most 15 MB; the codec as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in (folder / LM).glob("*.safetensors*"):
         old.unlink()  # a run with fewer shards must not leave some of an older one behind

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model said: ``ids`` without the end id; ``logprobs`` (natural log) of every id chosen, the end id too."""
+    """What the model said: ``ids`` without the end id; ``logprobs`` (natural) of every id chosen, the end id too."""
 
     ids: list[int]
     logprobs: list[float]

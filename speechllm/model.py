@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 
@@ -52,7 +52,6 @@ def make_model(config: ModelConfig, vocabulary_size: int, pad_id: int, end_id: i
             pad_token_id=pad_id,
             bos_token_id=None,
             eos_token_id=end_id,
-            attn_implementation="sdpa",
         )
     )
 
@@ -63,7 +62,9 @@ def set_embedding_rows(model: PreTrainedModel, first: int, vectors: Tensor, seed
 
     A fixed random projection takes ``dim`` to the hidden size; mean and spread of the rows become those of the table.
     """
-    table = model.get_input_embeddings().weight
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    table = embeddings.weight
     centred = vectors.float() - vectors.float().mean(0)
     generator = torch.Generator().manual_seed(seed)
     projection = torch.randn(vectors.shape[1], table.shape[1], generator=generator)
@@ -74,7 +75,10 @@ def set_embedding_rows(model: PreTrainedModel, first: int, vectors: Tensor, seed
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> PreTrainedModel:
     """Any Hugging Face causal LM saved in ``folder``, in evaluation mode; float32 on CPUs, else as it was saved."""
     dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+    lm: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    lm.to(device).eval()
+    assert isinstance(lm, PreTrainedModel)
+    return lm
 
 
 def parameter_counts(model: PreTrainedModel) -> tuple[int, int]:

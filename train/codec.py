@@ -41,8 +41,11 @@ def acoustic_stage(config: CodecTraining, resume: bool) -> None:
 
 
 class Stage(str, Enum):
+    """What one call does."""
+
     semantic = "semantic"
     acoustic = "acoustic"
+    export = "export"
 
 
 def semantic_stage(config: CodecTraining, resume: bool) -> None:
@@ -66,13 +69,22 @@ def semantic_stage(config: CodecTraining, resume: bool) -> None:
 
 def main(
     config: Annotated[Path, typer.Option(help="YAML file; see train/configs/codec-16k.yaml")],
-    stage: Annotated[Stage, typer.Option(help="semantic first, then acoustic")] = Stage.semantic,
+    stage: Annotated[Stage, typer.Option(help="semantic, then acoustic, then export")] = Stage.semantic,
+    export_to: Annotated[Path, typer.Option(help="folder that the stage 'export' writes, in half precision")] = Path(
+        "tokenizers/codec"
+    ),
     resume: Annotated[bool, typer.Option(help="go on from the last saved state")] = False,
 ) -> None:
-    """Train one stage of the codec; the result is written to OUT/codec."""
+    """Train one stage of the codec, into OUT/codec; or export that for others to use."""
     try:
         settings = read_config(config, CodecTraining)
-        {Stage.semantic: semantic_stage, Stage.acoustic: acoustic_stage}[stage](settings, resume)
+        if stage is Stage.semantic:
+            semantic_stage(settings, resume)
+        elif stage is Stage.acoustic:
+            acoustic_stage(settings, resume)
+        else:
+            codec = load_codec(settings.out / "codec")
+            save_codec(codec, export_to, torch.float16)
     except InputError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error

@@ -37,10 +37,10 @@ class MetricLog:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Records of a ``metrics.jsonl``; of a step written twice (before and after a resume) the later one counts."""
-    latest: dict[tuple, dict[str, float]] = {}
+    latest: dict[tuple[str, str], dict[str, float]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        latest[record["step"], *sorted(record)] = record
+        latest[(str(record["step"]), " ".join(record))] = record
     return sorted(latest.values(), key=lambda record: record["step"])
 
 

@@ -26,7 +26,7 @@ class Objective(nn.Module):
         self.ctc_head = nn.Linear(lm.config.hidden_size, text_size + 1)  # 0 is the blank
 
     def forward(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        """Scalar losses: ``loss`` is the one to minimise; ``answer``, ``ctc``, ``aux`` its parts; and ``load [experts]``."""
+        """Losses: ``loss`` is the one to minimise; ``answer``, ``ctc``, ``aux`` its parts; ``load [experts]``."""
         ids, labels, mask = batch.lm.input_ids, batch.lm.labels, batch.lm.attention_mask
         router = hasattr(self.lm.config, "num_local_experts")
         # no attention mask: padding is on the right, where causal attention cannot see it
@@ -44,7 +44,9 @@ class Objective(nn.Module):
         losses = {"answer": answer, "loss": answer}
         if router:
             experts, top_k = self.lm.config.num_local_experts, self.lm.config.num_experts_per_tok
-            losses["aux"] = load_balancing_loss_func(output.router_logits, experts, top_k, mask)
+            aux = load_balancing_loss_func(output.router_logits, experts, top_k, mask)
+            assert isinstance(aux, Tensor)
+            losses["aux"] = aux
             losses["loss"] = losses["loss"] + self.aux_weight * losses["aux"]
             with torch.no_grad():
                 chosen = torch.stack([r.topk(top_k).indices for r in output.router_logits])

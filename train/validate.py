@@ -50,7 +50,7 @@ class Validation:
                     self.sets.append(DevSet(f"{Path(folder).name}", name, examples[rank::world]))
 
     def run(self, lm: PreTrainedModel) -> dict[str, float]:
-        """``loss_…``, ``gap_…`` and ``wer_…`` (percent) or ``bleu_…`` for each task and corpus; the same on all ranks."""
+        """``loss_…``, ``gap_…`` and ``wer_…`` (percent) or ``bleu_…`` of each task and corpus, same on all ranks."""
         lm.eval()
         scores: dict[str, float] = {}
         for dev in self.sets:
@@ -58,7 +58,8 @@ class Validation:
             own, foreign = self.losses(lm, dev)
             scores[f"loss_{label}"], scores[f"gap_{label}"] = own, foreign - own
             answers = self.gather([self.decode(lm, dev), [e.answer for e in dev.examples]])
-            hypotheses, references = (sum((part[i] for part in answers), []) for i in (0, 1))
+            hypotheses = [text for part, _ in answers for text in part]
+            references = [text for _, part in answers for text in part]
             if TASKS[dev.task].metric == "wer":
                 scores[f"wer_{label}"] = 100 * wer(references, hypotheses)
             else:

@@ -55,8 +55,8 @@ class EncodecCodec(nn.Module, Codec):
         except (OSError, ValueError, AssertionError) as error:
             where = repository or "the package's download address"
             raise InputError(
-                f"EnCodec's weights cannot be had from {where} ({error}); fetch encodec_24khz-d7cc33bc.th elsewhere and "
-                "name its folder as the repository"
+                f"EnCodec's weights cannot be had from {where} ({error}): fetch encodec_24khz-d7cc33bc.th elsewhere "
+                "and name its folder as the repository"
             ) from error
         return codec
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -15,14 +15,17 @@ from speechllm.codec.speech import SpeechCodec, SpeechCodecConfig
 from speechllm.errors import InputError
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-KINDS = {"speech": (SpeechCodec, SpeechCodecConfig), "encodec": (EncodecCodec, EncodecConfig)}
+KINDS: dict[str, tuple[type, type[BaseModel]]] = {
+    "speech": (SpeechCodec, SpeechCodecConfig),
+    "encodec": (EncodecCodec, EncodecConfig),
+}
 
 
 def save_codec(codec: SpeechCodec | EncodecCodec, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write ``codec`` to ``folder``; floating-point weights are stored as ``dtype``."""
+    """Write ``codec`` to ``folder``; trained floating-point weights are stored as ``dtype``."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
-        name: (value.to(dtype) if value.is_floating_point() else value).clone().contiguous()
+        name: (value.to(dtype) if value.is_floating_point() and not name.startswith("mel.") else value).clone()
         for name, value in codec.state_dict().items()
     }
     save_file(weights, folder / WEIGHTS)
@@ -44,7 +47,7 @@ def load_codec(folder: str | Path) -> SpeechCodec | EncodecCodec:
         if kind not in KINDS:
             raise InputError(f"{folder / CONFIG}: unknown kind of codec {kind!r}; known are {', '.join(KINDS)}")
         make, settings = KINDS[kind]
-        codec = make(settings.model_validate(config))
+        codec: SpeechCodec | EncodecCodec = make(settings.model_validate(config))
         weights = load_file(folder / WEIGHTS)
         codec.load_state_dict({name: w.float() if w.is_floating_point() else w for name, w in weights.items()})
     except OSError as error:

@@ -99,6 +99,7 @@ class AcousticCoder(nn.Module):
         self.columns = ConvStack(dim, config.decoder_depth, 7, 2)
         self.norm = nn.LayerNorm(dim)
         self.spectrum = nn.Linear(dim, self.N_FFT + 2)
+        self.window: Tensor
         self.register_buffer("window", torch.hann_window(self.N_FFT), persistent=False)
 
     def encode(self, mel: Tensor) -> Tensor:  # [B, 4 T, n_mels] -> [B, T, acoustic_dim]

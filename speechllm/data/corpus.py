@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,16 +25,15 @@ class Item:
         return load_wav(self.utterance, self.root, sample_rate)
 
 
-def read_corpus(paths: Iterable[str | Path], split: Split, may_be_empty: bool = False) -> list[Item]:
+def read_corpus(paths: Sequence[str | Path], split: Split, may_be_empty: bool = False) -> list[Item]:
     """The utterances of one split: a path is a manifest of ours, or the folder of a recorded set.
 
     Raises:
         InputError: a path does not exist or a line is not valid, or nothing of the split is in any of them (unless it
             ``may_be_empty``).
     """
-    paths = [Path(path) for path in paths]
     items = []
-    for path in paths:
+    for path in map(Path, paths):
         folder = path.is_dir()
         utterances = read_recorded(path) if folder else read_manifest(path)
         items += [Item(u, path if folder else path.parent) for u in utterances if u.split == split]

@@ -1,0 +1,186 @@
+"""Files and an instruction in, answers out: in order, whole, and with nothing hidden."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import require_engine
+
+from serve.answer import Answer, Answerer, Failure
+from speechllm.audio import read_audio
+from speechllm.checkpoint import Checkpoint, load_checkpoint
+from speechllm.data.synthesis import SAMPLE_RATE, VOICES, speak
+from speechllm.errors import InputError
+from speechllm.prompt import Example, labels, render
+
+ASK = "Transcribe this audio"
+KEYS = [
+    "file",
+    "instruction",
+    "text",
+    "segments",
+    "label",
+    "confidence",
+    "seconds_in",
+    "seconds_consumed",
+    "finish_reason",
+    "timings",
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
+    return load_checkpoint(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def taught(tiny_checkpoint: Path) -> Iterator[Checkpoint]:
+    """The tiny checkpoint after it has learnt to answer "two words" to everything, and nothing to "Nothing"."""
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    torch.manual_seed(0)
+    examples = [
+        render(Example(torch.randint(16, (1, 20)), ask, answer), checkpoint.vocabulary, checkpoint.text)
+        for ask, answer in (("Transcribe this audio", "two words"), ("Nothing", ""))
+        for _ in range(4)
+    ]
+    optimizer = torch.optim.Adam(checkpoint.lm.parameters(), lr=1e-2)
+    for _ in range(25):
+        for example in examples:
+            loss = checkpoint.lm(input_ids=example.ids[None], labels=labels(example)[None]).loss
+            (loss / len(examples)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    yield checkpoint
+
+
+def noise(seconds: float, seed: int = 0) -> np.ndarray:
+    return 0.1 * np.random.default_rng(seed).standard_normal(round(seconds * SAMPLE_RATE)).astype(np.float32)
+
+
+def write(path: Path, samples: np.ndarray, subtype: str = "PCM_16") -> str:
+    soundfile.write(path, samples, SAMPLE_RATE, subtype=subtype)
+    return str(path)
+
+
+def ask(checkpoint: Checkpoint, files: list[str], instruction: str = ASK, batch_size: int = 8) -> list[Answer]:
+    answers = list(Answerer(checkpoint, batch_size).ask(files, instruction))
+    assert all(isinstance(answer, Answer) for answer in answers), answers
+    return [answer for answer in answers if isinstance(answer, Answer)]
+
+
+def test_answer_to_dict_is_the_contract(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.wav", noise(1.5))
+    (answer,) = ask(checkpoint, [file], "  Transcribe   this audio ")
+    assert list(answer.to_dict()) == KEYS
+    assert answer.to_dict()["file"] == file
+    assert answer.to_dict()["instruction"] == ASK
+    assert answer.to_dict()["seconds_in"] == answer.to_dict()["seconds_consumed"] == 1.5
+    assert list(answer.timings) == ["read", "encode", "generate"]
+    assert min(answer.timings.values()) > 0
+    assert answer.finish_reason == "length"  # random weights never stop, and that is not hidden
+    assert answer.label is None
+    assert 0 < answer.confidence < 1
+    segment = answer.to_dict()["segments"][0]
+    assert segment == {"speaker": None, "start": 0.0, "end": 1.5, "text": answer.text}
+
+
+def test_a_taught_answer_and_its_confidence(taught: Checkpoint, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.wav", noise(1.0))
+    (answer,) = ask(taught, [file])
+    assert (answer.text, answer.finish_reason) == ("two words", "stop")
+    codes = taught.encode(read_audio(file, SAMPLE_RATE))
+    rendered = render(Example(codes, ASK, "two words"), taught.vocabulary, taught.text)
+    with torch.inference_mode():
+        loss = taught.lm(input_ids=rendered.ids[None], labels=labels(rendered)[None]).loss
+    assert answer.confidence == pytest.approx(math.exp(-loss), rel=1e-3)  # the end id counts too
+
+
+def test_an_empty_answer_means_no_speech(taught: Checkpoint, tmp_path: Path) -> None:
+    (answer,) = ask(taught, [write(tmp_path / "a.wav", noise(1.0))], "Nothing")
+    assert (answer.text, answer.segments, answer.finish_reason) == ("", (), "no_speech")
+    assert answer.timings["generate"] > 0
+    assert answer.seconds_consumed == 1.0
+
+
+@pytest.mark.parametrize("samples", [np.zeros(20 * SAMPLE_RATE), np.zeros(1), 1e-4 * noise(2.0)])
+def test_silence_is_not_put_before_the_model(checkpoint: Checkpoint, tmp_path: Path, samples: np.ndarray) -> None:
+    (answer,) = ask(checkpoint, [write(tmp_path / "a.wav", samples)])
+    assert (answer.text, answer.segments, answer.finish_reason) == ("", (), "no_speech")
+    assert answer.confidence == 1.0
+    assert answer.timings["generate"] == 0.0
+    assert answer.seconds_consumed == answer.seconds_in == len(samples) / SAMPLE_RATE
+
+
+def test_a_clip_shorter_than_a_frame_is_answered(taught: Checkpoint, tmp_path: Path) -> None:
+    (answer,) = ask(taught, [write(tmp_path / "a.wav", noise(0.01))])
+    assert (answer.text, answer.finish_reason) == ("two words", "stop")
+    assert answer.seconds_consumed == answer.seconds_in == 0.01
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_order_is_kept_and_bad_files_stop_nobody(checkpoint: Checkpoint, tmp_path: Path, batch_size: int) -> None:
+    good = [write(tmp_path / f"{i}.wav", noise(0.5 + 0.4 * i, seed=i)) for i in range(4)]
+    silent = write(tmp_path / "silent.wav", np.zeros(8000))
+    (tmp_path / "empty.wav").touch()
+    bad = [str(tmp_path / "empty.wav"), str(tmp_path / "missing.wav")]
+    files = [bad[0], good[0], good[1], bad[1], silent, good[2], good[3]]
+    answers = list(Answerer(checkpoint, batch_size).ask(files, ASK))
+    assert [answer.file for answer in answers] == files
+    for answer in answers:
+        assert isinstance(answer, Failure) == (answer.file in bad)
+        if isinstance(answer, Failure):
+            assert answer.file in answer.error
+            assert list(answer.to_dict()) == ["file", "error"]
+    alone = {file: ask(checkpoint, [file])[0] for file in [*good, silent]}
+    for answer in answers:
+        if isinstance(answer, Answer):
+            assert (answer.text, answer.finish_reason) == (alone[answer.file].text, alone[answer.file].finish_reason)
+            assert answer.confidence == pytest.approx(alone[answer.file].confidence, rel=1e-4)
+    assert len({alone[file].confidence for file in good}) == len(good)
+
+
+def test_ten_minutes_are_answered_whole(taught: Checkpoint, tmp_path: Path) -> None:
+    require_engine("flite")
+    voice = next(voice for voice in VOICES if voice.name == "flite-rms")
+    sentence = speak("A man in a red shirt is riding a bicycle down the street.", voice)
+    turn = np.concatenate([sentence, np.zeros(25 * SAMPLE_RATE - len(sentence), dtype=np.float32)])
+    file = write(tmp_path / "long.wav", np.tile(turn, 24))
+    (answer,) = ask(taught, [file])
+    assert answer.seconds_in == answer.seconds_consumed == 600.0
+    assert answer.finish_reason == "stop"
+    assert len(answer.segments) == 24
+    assert answer.text == " ".join(["two words"] * 24)
+    limit = taught.settings.max_audio_seconds
+    for turn_number, segment in enumerate(answer.segments):
+        assert 0 < segment.end - segment.start <= limit
+        start = 25.0 * turn_number
+        assert segment.start <= start + 0.1
+        assert start + len(sentence) / SAMPLE_RATE - 0.1 <= segment.end <= start + 25
+
+
+def test_impossible_requests_are_refused_before_reading(checkpoint: Checkpoint) -> None:
+    answerer = Answerer(checkpoint)
+    missing = ["missing.wav"]
+    with pytest.raises(InputError, match="instruction is empty"):
+        answerer.ask(missing, "  ")
+    with pytest.raises(InputError, match=r"a prompt of \d+ ids exceeds .* a shorter instruction"):
+        answerer.ask(missing, "word " * 600)
+    shot = Example(torch.zeros(1, 200, dtype=torch.int64), ASK, "hello")
+    with pytest.raises(InputError, match="fewer or shorter shots"):
+        answerer.ask(missing, ASK, [shot] * 3)
+    with pytest.raises(InputError, match="shot 1 has no answer"):
+        answerer.ask(missing, ASK, [Example(shot.codes, ASK)])
+    with pytest.raises(InputError, match="batch size"):
+        Answerer(checkpoint, 0)
+
+
+def test_a_clip_that_does_not_fit_beside_the_shots_fails_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    shot = Example(torch.zeros(1, 350, dtype=torch.int64), ASK, "hello")
+    files = [write(tmp_path / "long.wav", noise(7.0)), write(tmp_path / "short.wav", noise(0.5))]
+    first, second = Answerer(checkpoint).ask(files, ASK, [shot])
+    assert isinstance(first, Failure) and first.error.startswith(f"{files[0]}: a prompt of ")
+    assert isinstance(second, Answer)
