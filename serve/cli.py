@@ -221,3 +221,7 @@ def _show(answer: Answer | Failure, format: Format, max_answer_tokens: int) -> N
 def _complain(message: str) -> None:
     """One line on standard error, whatever the file's name holds."""
     print(" ".join(message.splitlines()), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

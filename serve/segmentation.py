@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -77,11 +79,12 @@ def speech_probabilities(wav: Tensor, sample_rate: int) -> Tensor:
     signal = resample(wav[0], sample_rate, _VAD_RATE)  # [samples]
     signal = signal * max(1.0, _MIN_VAD_PEAK / float(signal.abs().max().clamp_min(1e-6)))  # it misses faint speech
     windows = -(-len(signal) // _WINDOW)
-    lanes = -(-windows // _LANE)
-    signal = F.pad(signal, (_WARM_UP * _WINDOW, lanes * _LANE * _WINDOW - len(signal)))
-    lane = signal.unfold(0, (_WARM_UP + _LANE) * _WINDOW, _LANE * _WINDOW)  # [lanes, samples]
-    detector = _detector()
-    with _LOCK, torch.inference_mode():
+    length = min(windows, _LANE)
+    lanes = -(-windows // length)
+    signal = F.pad(signal, (_WARM_UP * _WINDOW, lanes * length * _WINDOW - len(signal)))
+    lane = signal.unfold(0, (_WARM_UP + length) * _WINDOW, length * _WINDOW)  # [lanes, samples]
+    with _LOCK, _one_thread(), torch.inference_mode():
+        detector = _detector()
         detector.reset_states()
         steps = [detector(lane[:, i : i + _WINDOW], _VAD_RATE) for i in range(0, lane.shape[1], _WINDOW)]
     return torch.cat(steps[_WARM_UP:], dim=1).reshape(-1)[:windows]  # each step is [lanes, 1]
@@ -108,12 +111,21 @@ def _quietest(wav: Tensor, start: int, end: int, size: int) -> int:
     return start + 1 + int((total[size:] - total[:-size])[1:-1].argmin()) + size // 2
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The detector's operations are so small that threads only wait for each other, for minutes on a busy machine."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @cache
 def _detector() -> Any:
-    """silero-vad's network, from its package."""
+    """silero-vad's network, from its package. The first call sets the process to one thread: silero-vad's import."""
     import_torchaudio()  # the package asks for it
-    threads = torch.get_num_threads()
     from silero_vad import load_silero_vad
 
-    torch.set_num_threads(threads)  # its import sets one thread for the whole process
     return load_silero_vad()

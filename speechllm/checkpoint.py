@@ -14,6 +14,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import speechllm._torchaudio  # noqa: F401  # before transformers, whose models import torchaudio
+
+# isort: split
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
@@ -21,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from speechllm.codec import Codec, load_codec
-from speechllm.errors import InputError
+from speechllm.errors import InputError, first_problem
 from speechllm.model import load_model
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
@@ -100,9 +103,13 @@ def load_checkpoint(folder: str | Path = DEFAULT, device: str | torch.device = "
         raise InputError(f"{folder}: not a checkpoint folder (no {SETTINGS} in it)")
     try:
         settings = CheckpointSettings.model_validate_json((folder / SETTINGS).read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise InputError(f"{folder / SETTINGS}: not a checkpoint's settings: {str(error).splitlines()[0]}") from error
-    vocabulary = Vocabulary.from_dict(settings.vocabulary)
+        vocabulary = Vocabulary.from_dict(settings.vocabulary)
+    except ValidationError as error:
+        raise InputError(f"{folder / SETTINGS}: not a checkpoint's settings: {first_problem(error)}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{folder / SETTINGS}: not a checkpoint's settings: not UTF-8") from error
+    except InputError as error:
+        raise InputError(f"{folder / SETTINGS}: {error}") from error
     text = TextTokenizer.load(folder / TEXT)
     codec = load_codec(folder / CODEC)
     try:

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import speechllm._torchaudio  # noqa: F401  # before transformers, whose models import torchaudio
+
+# isort: split
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel

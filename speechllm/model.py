@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import speechllm._torchaudio  # noqa: F401  # before transformers, whose models import torchaudio
+
+# isort: split
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
@@ -73,9 +76,18 @@ def set_embedding_rows(model: PreTrainedModel, first: int, vectors: Tensor, seed
 
 
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """Any Hugging Face causal LM saved in ``folder``, in evaluation mode; float32 on CPUs, else as it was saved."""
+    """Any Hugging Face causal LM saved in ``folder``, in evaluation mode; float32 on CPUs, else as it was saved.
+
+    Raises:
+        ValueError: a weight is not in the files. OSError, RuntimeError, SafetensorError: a file is missing or damaged.
+    """
     dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
-    lm: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    lm: nn.Module
+    lm, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+    )
+    if report["missing_keys"]:  # transformers fills them with random numbers
+        raise ValueError(f"no weights for {', '.join(sorted(report['missing_keys']))}")
     lm.to(device).eval()
     assert isinstance(lm, PreTrainedModel)
     return lm

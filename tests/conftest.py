@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from speechllm.checkpoint import save_checkpoint
-from speechllm.codec import SpeechCodec, SpeechCodecConfig
+from speechllm.codec import SpeechCodec, SpeechCodecConfig, save_codec
 from speechllm.model import ModelConfig, make_model
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
@@ -35,15 +35,16 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = TextTokenizer.load(TEXT_MODEL)
     vocabulary = Vocabulary(text_size=text.size, n_q=1, card=config.card)
     sizes = ModelConfig(hidden_size=32, num_layers=2, expert_size=32, num_experts=4, max_positions=512)
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_codec(SpeechCodec(config), folder / "codec")
     save_checkpoint(
-        folder,
+        folder / "tiny",
         make_model(sizes, vocabulary.size, vocabulary.pad, vocabulary.end),
-        SpeechCodec(config).eval(),
+        folder / "codec",
         text,
         vocabulary,
         name="tiny random",
         max_audio_seconds=8.0,
         max_answer_tokens=6,
     )
-    return folder
+    return folder / "tiny"

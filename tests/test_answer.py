@@ -43,12 +43,12 @@ def taught(tiny_checkpoint: Path) -> Iterator[Checkpoint]:
     checkpoint = load_checkpoint(tiny_checkpoint)
     torch.manual_seed(0)
     examples = [
-        render(Example(torch.randint(16, (1, 20)), ask, answer), checkpoint.vocabulary, checkpoint.text)
-        for ask, answer in (("Transcribe this audio", "two words"), ("Nothing", ""))
-        for _ in range(4)
+        render(Example(torch.randint(16, (1, frames)), ask, answer), checkpoint.vocabulary, checkpoint.text)
+        for ask, answer in ((ASK, "two words"), ("Nothing", ""))
+        for frames in (1, 20, 30, 90)
     ]
     optimizer = torch.optim.Adam(checkpoint.lm.parameters(), lr=1e-2)
-    for _ in range(25):
+    for _ in range(40):
         for example in examples:
             loss = checkpoint.lm(input_ids=example.ids[None], labels=labels(example)[None]).loss
             (loss / len(examples)).backward()

@@ -66,7 +66,11 @@ def encode_shard(number: int, items: list[Item], codec_folder: Path, n_q: int, c
     """Write one shard, whole or not at all; returns its number of utterances."""
     torch.set_num_threads(1)
     codec = load_codec(codec_folder)
-    rows = [encode_row(codec, item, n_q, copy) for copy in range(copies) for item in items]
+    rows = [
+        encode_row(codec, item, n_q, copy)
+        for item in items
+        for copy in range(copies if item.utterance.split == "train" else 1)
+    ]
     path = out / f"{number:05d}.parquet"
     Dataset.from_list(rows, features=FEATURES).to_parquet(str(path.with_suffix(".new")))
     path.with_suffix(".new").replace(path)
@@ -103,7 +107,7 @@ def main(
     codec: Annotated[Path, typer.Option(help="codec folder")] = Path("tokenizers/codec"),
     n_q: Annotated[int, typer.Option(help="codebooks to keep", min=1)] = 1,
     copies: Annotated[
-        int, typer.Option(help="versions of each utterance; all but the first at another speed", min=1)
+        int, typer.Option(help="versions of each train utterance; all but the first at another speed", min=1)
     ] = 1,
     jobs: Annotated[int, typer.Option(help="processes", min=1)] = 2,
 ) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import speechllm._torchaudio  # noqa: F401  # before transformers, whose models import torchaudio
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

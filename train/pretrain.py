@@ -14,6 +14,9 @@ import time
 from pathlib import Path
 from random import Random
 
+import speechllm._torchaudio  # noqa: F401  # before transformers, whose models import torchaudio
+
+# isort: split
 import deepspeed
 import torch
 from torch import distributed

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from speechllm.codec.encodec import EncodecCodec, EncodecConfig
 from speechllm.codec.speech import SpeechCodec, SpeechCodecConfig
-from speechllm.errors import InputError
+from speechllm.errors import InputError, first_problem
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 KINDS: dict[str, tuple[type, type[BaseModel]]] = {
@@ -52,8 +52,10 @@ def load_codec(folder: str | Path) -> SpeechCodec | EncodecCodec:
         codec.load_state_dict({name: w.float() if w.is_floating_point() else w for name, w in weights.items()})
     except OSError as error:
         raise InputError(f"{folder}: not a codec folder ({error.strerror or error})") from error
-    except (json.JSONDecodeError, KeyError, ValidationError) as error:
-        raise InputError(f"{folder / CONFIG}: not a codec's config: {str(error).splitlines()[0]}") from error
+    except ValidationError as error:
+        raise InputError(f"{folder / CONFIG}: not a codec's config: {first_problem(error)}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / CONFIG}: not a codec's config: {error}") from error
     except (SafetensorError, RuntimeError) as error:
         first = str(error).splitlines()[0]
         raise InputError(f"{folder / WEIGHTS}: damaged, or not the weights of this config: {first}") from error

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor
 
 from speechllm.audio import read_audio
-from speechllm.errors import InputError
+from speechllm.errors import InputError, first_problem
 
 Split = Literal["train", "dev", "test"]
 Gender = Literal["male", "female"]
@@ -47,13 +47,6 @@ class Utterance(BaseModel):
         if any(given) and not all(given):
             raise ValueError("tar, tar_offset and tar_size go together: give all three or none")
         return self
-
-
-def first_problem(error: ValidationError) -> str:
-    """The first complaint of pydantic as `field: message`."""
-    problem = error.errors()[0]
-    field = ".".join(str(part) for part in problem["loc"]) or "record"
-    return f"{field}: {problem['msg']}"
 
 
 def read_json_lines(path: str | Path, lines: Iterable[str]) -> Iterable[tuple[int, dict]]:

@@ -8,8 +8,8 @@ from typing import get_args
 
 from pydantic import ValidationError
 
-from speechllm.data.manifest import Gender, Utterance, first_problem, read_json_lines
-from speechllm.errors import InputError
+from speechllm.data.manifest import Gender, Utterance, read_json_lines
+from speechllm.errors import InputError, first_problem
 
 _OWN_KEYS = ("audio", "tar", "tar_offset", "tar_size", "duration", "text", "language", "speaker", "split")
 _TRANSLATIONS = ("de", "fr", "cs")

@@ -1,0 +1,124 @@
+"""The backbone: what Hugging Face loads is what was made, and its sizes are those asked for."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from speechllm.errors import InputError
+from speechllm.model import ModelConfig, load_model, make_model, parameter_counts, set_embedding_rows
+from train.config import Settings, read_config
+
+SIZES = ModelConfig(hidden_size=32, num_layers=2, expert_size=16, num_experts=4, max_positions=64)
+VOCABULARY_SIZE, PAD, END = 100, 90, 91
+
+
+@pytest.fixture
+def lm() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return make_model(SIZES, VOCABULARY_SIZE, PAD, END).eval()
+
+
+@torch.inference_mode()
+def logits_of(lm: PreTrainedModel) -> torch.Tensor:
+    ids = torch.arange(40).reshape(2, 20) * 7 % VOCABULARY_SIZE
+    return lm(input_ids=ids).logits
+
+
+def test_config_reaches_the_model(lm: PreTrainedModel) -> None:
+    config = lm.config
+    assert (config.model_type, config.vocab_size, config.max_position_embeddings) == ("mixtral", VOCABULARY_SIZE, 64)
+    assert (config.num_local_experts, config.num_experts_per_tok) == (4, 2)
+    assert (config.pad_token_id, config.eos_token_id, config.bos_token_id) == (PAD, END, None)
+    assert lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
+    other = make_model(SIZES.model_copy(update={"rope_theta": 100.0}), VOCABULARY_SIZE, PAD, END).eval()
+    other.load_state_dict(lm.state_dict())
+    assert not torch.allclose(logits_of(other), logits_of(lm))
+
+
+@pytest.mark.parametrize("max_shard_size", ["50GB", "20KB"])
+def test_hugging_face_loads_it_with_equal_logits(lm: PreTrainedModel, max_shard_size: str, tmp_path: Path) -> None:
+    lm.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    shards = list(tmp_path.glob("*.safetensors"))
+    assert len(shards) == 1 if max_shard_size == "50GB" else len(shards) > 2
+    for again in (AutoModelForCausalLM.from_pretrained(tmp_path).eval(), load_model(tmp_path)):
+        assert not again.training
+        assert type(again) is type(lm)
+        weights, expected = again.state_dict(), lm.state_dict()
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+        assert torch.equal(logits_of(again), logits_of(lm))
+
+
+def test_half_precision_weights_are_loaded_as_float32_on_a_cpu(lm: PreTrainedModel, tmp_path: Path) -> None:
+    lm.to(torch.bfloat16).save_pretrained(tmp_path)
+    again = load_model(tmp_path, "cpu")
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    assert all(torch.equal(w, lm.state_dict()[name].float()) for name, w in again.state_dict().items())
+
+
+def test_a_missing_weight_is_an_error_not_a_random_number(lm: PreTrainedModel, tmp_path: Path) -> None:
+    state = {name: value for name, value in lm.state_dict().items() if name != "model.layers.1.self_attn.q_proj.weight"}
+    lm.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj"):
+        load_model(tmp_path)
+
+
+def test_parameter_counts_by_hand(lm: PreTrainedModel) -> None:
+    attention = 32 * 32 + 2 * 32 * 16 + 32 * 32  # 4 heads and 2 key-value heads of 8
+    expert, router, norms = 3 * 32 * 16, 4 * 32, 2 * 32
+    rest = VOCABULARY_SIZE * 32 + 2 * (attention + router + norms) + 32
+    assert parameter_counts(lm) == (rest + 2 * 4 * expert, rest + 2 * 2 * expert)
+
+
+def test_embedding_rows_follow_the_vectors_and_no_other_row_moves(lm: PreTrainedModel) -> None:
+    before = lm.get_input_embeddings().weight.detach().clone()
+    weights = {name: value.clone() for name, value in lm.state_dict().items() if "embed" not in name}
+    generator = torch.Generator().manual_seed(5)
+    vectors = torch.randn(20, 64, generator=generator)
+    vectors[10:] = vectors[:10] + 0.1 * torch.randn(10, 64, generator=generator)  # row 10 + n is like row n
+    set_embedding_rows(lm, 40, vectors)
+    table = lm.get_input_embeddings().weight.detach()
+    assert torch.equal(table[:40], before[:40])
+    assert torch.equal(table[60:], before[60:])
+    assert lm.get_output_embeddings().weight.data_ptr() == table.data_ptr()
+    assert all(torch.equal(lm.state_dict()[name], value) for name, value in weights.items() if name != "lm_head.weight")
+
+    rows = table[40:60]
+    similarity = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
+    alike = similarity[torch.arange(10), torch.arange(10) + 10]
+    assert alike.min() > 0.95
+    unlike = similarity[:10, :10][~torch.eye(10, dtype=torch.bool)]
+    assert unlike.max() < 0.8
+    assert rows.std().item() == pytest.approx(lm.config.initializer_range, rel=1e-4)
+    assert rows.mean(0).abs().max() < 1e-6
+
+    set_embedding_rows(lm, 40, vectors)
+    assert torch.equal(lm.get_input_embeddings().weight.detach()[40:60], rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hidden_size": 36, "num_heads": 8}, "num_heads must divide hidden_size"),
+        ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads must divide num_heads"),
+        ({"top_k": 5, "num_experts": 4}, "top_k = 5 exceeds num_experts = 4"),
+        ({"num_layers": 0}, "num_layers"),
+        ({"rope_theta": 0}, "rope_theta"),
+        ({"hidden_dim": 64}, "hidden_dim"),
+    ],
+)
+def test_wrong_settings_are_named(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ModelConfig(**settings)
+
+    class File(Settings):
+        model: ModelConfig
+
+    path = tmp_path / "config.yaml"
+    path.write_text(f"model: {settings}")
+    with pytest.raises(InputError, match=f"config.yaml: model.*{message}"):
+        read_config(path, File)
