@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import speechllm._torchaudio  # noqa: F401  # before transformers, whose models import torchaudio
 
@@ -82,10 +83,10 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> PreTra
         ValueError: a weight is not in the files. OSError, RuntimeError, SafetensorError: a file is missing or damaged.
     """
     dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
-    lm: nn.Module
-    lm, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
     )
+    lm, report = loaded
     if report["missing_keys"]:  # transformers fills them with random numbers
         raise ValueError(f"no weights for {', '.join(sorted(report['missing_keys']))}")
     lm.to(device).eval()

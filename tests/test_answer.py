@@ -1,7 +1,6 @@
 """Files and an instruction in, answers out: in order, whole, and with nothing hidden."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from speechllm.audio import read_audio
 from speechllm.checkpoint import Checkpoint, load_checkpoint
 from speechllm.data.synthesis import SAMPLE_RATE, VOICES, speak
 from speechllm.errors import InputError
-from speechllm.prompt import Example, labels, render
+from speechllm.prompt import Example, collate, labels, render
 
 ASK = "Transcribe this audio"
 KEYS = [
@@ -38,23 +37,23 @@ def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def taught(tiny_checkpoint: Path) -> Iterator[Checkpoint]:
+def taught(tiny_checkpoint: Path) -> Checkpoint:
     """The tiny checkpoint after it has learnt to answer "two words" to everything, and nothing to "Nothing"."""
     checkpoint = load_checkpoint(tiny_checkpoint)
     torch.manual_seed(0)
     examples = [
-        render(Example(torch.randint(16, (1, frames)), ask, answer), checkpoint.vocabulary, checkpoint.text)
+        render(Example(codes, ask, answer), checkpoint.vocabulary, checkpoint.text)
         for ask, answer in ((ASK, "two words"), ("Nothing", ""))
-        for frames in (1, 20, 30, 90)
+        for frames in (1, 25, 80, 200)
+        for codes in (torch.randint(16, (1, frames)), torch.randint(16, (1, 1)).expand(1, frames))
     ]
+    batch = collate(examples, checkpoint.vocabulary.pad)
     optimizer = torch.optim.Adam(checkpoint.lm.parameters(), lr=1e-2)
-    for _ in range(40):
-        for example in examples:
-            loss = checkpoint.lm(input_ids=example.ids[None], labels=labels(example)[None]).loss
-            (loss / len(examples)).backward()
+    for _ in range(60):
+        checkpoint.lm(**vars(batch)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    yield checkpoint
+    return checkpoint
 
 
 def noise(seconds: float, seed: int = 0) -> np.ndarray:

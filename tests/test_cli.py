@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 import pytest
@@ -66,11 +68,6 @@ def run(*arguments: str, stdin: bytes | None = None) -> Result:
 
 def ask(folder: Path, *arguments: str, stdin: bytes | None = None) -> Result:
     return run("ask", "--model", str(folder), "--device", "cpu", *arguments, stdin=stdin)
-
-
-def process(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from serve.cli import main; main()", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload, no-any-return]
 
 
 def test_text_is_one_line_per_file(tiny_checkpoint: Path, good: list[str]) -> None:
@@ -230,17 +227,40 @@ def test_help_and_version_load_no_library() -> None:
 
 
 def test_a_real_process_says_nothing_more(tiny_checkpoint: Path, good: list[str], bad: dict[str, str]) -> None:
-    missing, ask_json = list(bad)[-2], ("ask", ASK, "--model", str(tiny_checkpoint), "--device", "cpu", "-f", "json")
-    done = process(*ask_json, good[0], missing, good[1])
+    missing = list(bad)[-2]
+    command = [sys.executable, "-c", "from serve.cli import main; main()", "ask", "--model", str(tiny_checkpoint)]
+    files = [good[0], missing, good[1]]
+    done = subprocess.run([*command, ASK, *files, "-f", "json"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert [json.loads(line)["file"] for line in done.stdout.splitlines()] == [good[0], missing, good[1]]
+    assert [json.loads(line)["file"] for line in done.stdout.splitlines()] == files
     assert done.stderr == f"error: {missing}: no such file\n"
 
 
-def test_a_reader_that_leaves_early_is_no_error(tiny_checkpoint: Path, good: list[str]) -> None:
-    command = 'set -o pipefail; "$0" -c "from serve.cli import main; main()" "$@" | true'
-    arguments = ["ask", ASK, "--model", str(tiny_checkpoint), "--device", "cpu", "-f", "json", *good]
-    done = subprocess.run(
-        ["bash", "-c", command, sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert (done.returncode, done.stderr) == (141, "")
+COMMAND = """
+import sys, time, typer
+from serve.cli import _plain_errors
+
+def command() -> None:
+    with _plain_errors():
+        for _ in range(1000):
+            print("an answer", flush=True)
+            time.sleep(0.05)
+
+typer.run(command)
+"""
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    with subprocess.Popen([sys.executable, "-c", COMMAND], cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True) as running:
+        assert running.stdout is not None and running.stderr is not None
+        assert running.stdout.readline() == "an answer\n"
+        running.stdout.close()
+        assert (running.wait(30), running.stderr.read()) == (141, "")
+
+
+def test_ctrl_c_ends_quietly() -> None:
+    with subprocess.Popen([sys.executable, "-c", COMMAND], cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True) as running:
+        assert running.stdout is not None and running.stderr is not None
+        assert running.stdout.readline() == "an answer\n"
+        running.send_signal(signal.SIGINT)
+        assert (running.wait(30), running.stderr.read()) == (130, "")

@@ -135,7 +135,7 @@ def test_hugging_face_generates_the_same(lm: PreTrainedModel, prompts: list[Tens
     longest = max(map(len, prompts))
     ids = torch.stack([torch.nn.functional.pad(p, (longest - len(p), 0), value=PAD) for p in prompts])
     mask = torch.stack([torch.arange(longest) >= longest - len(p) for p in prompts]).long()
-    theirs = lm.generate(
+    theirs = lm.generate(  # type: ignore[operator]
         input_ids=ids,
         attention_mask=mask,
         do_sample=False,

@@ -22,6 +22,12 @@ def lm() -> PreTrainedModel:
     return make_model(SIZES, VOCABULARY_SIZE, PAD, END).eval()
 
 
+def table_of(lm: PreTrainedModel) -> torch.Tensor:
+    embeddings = lm.get_input_embeddings()
+    assert isinstance(embeddings, torch.nn.Embedding)
+    return embeddings.weight
+
+
 @torch.inference_mode()
 def logits_of(lm: PreTrainedModel) -> torch.Tensor:
     ids = torch.arange(40).reshape(2, 20) * 7 % VOCABULARY_SIZE
@@ -33,7 +39,7 @@ def test_config_reaches_the_model(lm: PreTrainedModel) -> None:
     assert (config.model_type, config.vocab_size, config.max_position_embeddings) == ("mixtral", VOCABULARY_SIZE, 64)
     assert (config.num_local_experts, config.num_experts_per_tok) == (4, 2)
     assert (config.pad_token_id, config.eos_token_id, config.bos_token_id) == (PAD, END, None)
-    assert lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
+    assert lm.get_output_embeddings().weight is table_of(lm)
     other = make_model(SIZES.model_copy(update={"rope_theta": 100.0}), VOCABULARY_SIZE, PAD, END).eval()
     other.load_state_dict(lm.state_dict())
     assert not torch.allclose(logits_of(other), logits_of(lm))
@@ -54,7 +60,7 @@ def test_hugging_face_loads_it_with_equal_logits(lm: PreTrainedModel, max_shard_
 
 
 def test_half_precision_weights_are_loaded_as_float32_on_a_cpu(lm: PreTrainedModel, tmp_path: Path) -> None:
-    lm.to(torch.bfloat16).save_pretrained(tmp_path)
+    lm.bfloat16().save_pretrained(tmp_path)
     again = load_model(tmp_path, "cpu")
     assert {p.dtype for p in again.parameters()} == {torch.float32}
     assert all(torch.equal(w, lm.state_dict()[name].float()) for name, w in again.state_dict().items())
@@ -75,13 +81,13 @@ def test_parameter_counts_by_hand(lm: PreTrainedModel) -> None:
 
 
 def test_embedding_rows_follow_the_vectors_and_no_other_row_moves(lm: PreTrainedModel) -> None:
-    before = lm.get_input_embeddings().weight.detach().clone()
+    before = table_of(lm).detach().clone()
     weights = {name: value.clone() for name, value in lm.state_dict().items() if "embed" not in name}
     generator = torch.Generator().manual_seed(5)
     vectors = torch.randn(20, 64, generator=generator)
     vectors[10:] = vectors[:10] + 0.1 * torch.randn(10, 64, generator=generator)  # row 10 + n is like row n
     set_embedding_rows(lm, 40, vectors)
-    table = lm.get_input_embeddings().weight.detach()
+    table = table_of(lm).detach()
     assert torch.equal(table[:40], before[:40])
     assert torch.equal(table[60:], before[60:])
     assert lm.get_output_embeddings().weight.data_ptr() == table.data_ptr()
@@ -97,7 +103,7 @@ def test_embedding_rows_follow_the_vectors_and_no_other_row_moves(lm: PreTrained
     assert rows.mean(0).abs().max() < 1e-6
 
     set_embedding_rows(lm, 40, vectors)
-    assert torch.equal(lm.get_input_embeddings().weight.detach()[40:60], rows)
+    assert torch.equal(table_of(lm).detach()[40:60], rows)
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,9 @@ def test_ctc_by_hand(lm: PreTrainedModel, mixture: Mixture) -> None:
         heard = hidden[row, 1 : 1 + frames + 1]
         log_probs = objective.ctc_head(heard).log_softmax(-1)
         target = torch.tensor(TEXT.encode(text)) + 1
-        total = total + F.ctc_loss(log_probs, target, [len(heard)], [len(target)], reduction="sum")
+        total = total + F.ctc_loss(
+            log_probs, target, torch.tensor(len(heard)), torch.tensor(len(target)), reduction="sum"
+        )
     pieces = len(TEXT.encode(CLIPS[0][1])) + len(TEXT.encode(CLIPS[1][1]))
     assert objective(batch)["ctc"].item() == pytest.approx(total.item() / pieces, rel=1e-5)
 
@@ -170,5 +172,4 @@ def test_ctc_teaches_the_layers_below_it_and_learns(lm: PreTrainedModel, mixture
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]

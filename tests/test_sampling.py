@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from speechllm.data.sampling import LengthSampler, prefetch
+from speechllm.data.sampling import LengthSampler, prefetch, short_first
 
 LENGTHS = [Random(n).uniform(1, 10) for n in range(300)]
 BUDGET, MOST = 40.0, 12
@@ -36,7 +36,7 @@ def test_ranks_see_different_batches() -> None:
 @pytest.mark.parametrize(("budget", "most"), [(40.0, 12), (40.0, 300), (1e9, 5), (9.0, 12)])
 def test_budget_and_most_hold_and_neighbours_are_alike(budget: float, most: int) -> None:
     draw = sampler(budget=budget, most=most)
-    sizes = Counter()
+    sizes: Counter[int] = Counter()
     for step in range(200):
         batch = draw(step)
         assert len(set(batch)) == len(batch) <= most
@@ -76,19 +76,18 @@ def test_every_second_of_the_corpus_is_about_as_likely() -> None:
     assert all(counts[i] > 0 for i in range(len(LENGTHS)))
 
 
-def test_longest_holds_for_the_first_item() -> None:
+def test_a_batch_starts_among_the_shortest_share() -> None:
     draw = sampler()
-    firsts = [LENGTHS[draw(step, longest=4.0)[0]] for step in range(300)]
-    assert max(firsts) <= 4.0
-    assert max(firsts) > 3.2
-    assert max(LENGTHS[draw(step)[0]] for step in range(300)) > 9
-    assert {LENGTHS[draw(step, longest=0.1)[0]] < 1.5 for step in range(20)} == {True}  # none is that short
+    shortest = sorted(LENGTHS)[: len(LENGTHS) // 4]
+    firsts = [LENGTHS[draw(step, share=0.25)[0]] for step in range(300)]
+    assert max(firsts) <= shortest[-1] * 1.15 / 0.85  # the order is jittered
+    assert len(set(firsts)) > 30
+    assert len(draw(0, share=0.0)) >= 1  # at least the very shortest
 
 
-@pytest.mark.parametrize("ahead", [1, 4, 50])
-def test_prefetch_keeps_the_order(ahead: int) -> None:
-    assert list(prefetch(lambda step: step * step, range(3, 20), ahead)) == [n * n for n in range(3, 20)]
-    assert list(prefetch(str, range(5, 5), ahead)) == []
+def test_short_first_grows_to_everything() -> None:
+    assert [short_first(step, 10) for step in (0, 5, 10, 99)] == pytest.approx([0.1, 0.55, 1.0, 1.0])
+    assert short_first(0, 0) == 1.0
 
 
 def test_prefetch_works_ahead_by_no_more_than_asked() -> None:

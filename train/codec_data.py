@@ -53,7 +53,10 @@ class CtcData:
         self.items, self.mel, self.sample_rate = items, mel, sample_rate
         index = {p: i + 1 for i, p in enumerate(inventory)}
         self.targets = [
-            torch.tensor([index[p] for p in phonemes(i.utterance.text or "", i.utterance.language or "") if p in index])
+            torch.tensor(
+                [index[p] for p in phonemes(i.utterance.text or "", i.utterance.language or "") if p in index],
+                dtype=torch.int64,
+            )
             for i in items
         ]
         self._features: dict[int, Tensor] = {}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from speechllm.codec import SpeechCodec
 from speechllm.data.corpus import Item
-from speechllm.data.sampling import LengthSampler, prefetch
+from speechllm.data.sampling import LengthSampler, prefetch, short_first
 from train.codec_data import CtcBatch, CtcData
 from train.config import Settings
 from train.loop import Loop, cosine
@@ -43,7 +43,7 @@ def ctc(log_probs: Tensor, batch: CtcBatch) -> Tensor:
         reduction="sum",
         zero_infinity=True,
     )
-    return loss / batch.target_lengths.sum()
+    return loss / batch.target_lengths.sum().clamp_min(1)
 
 
 def forward(codec: SpeechCodec, batch: CtcBatch, quantize: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,8 +116,8 @@ def train_semantic(
     groups = by_source(dev.items)
 
     def make(step: int) -> CtcBatch:
-        grown = 1.5 + 10.0 * step / settings.short_first if step < settings.short_first else float("inf")
-        return train.batch(sampler(step, grown), Random(f"{seed} augment {step}"))
+        indices = sampler(step, short_first(step, settings.short_first))
+        return train.batch(indices, Random(f"{seed} augment {step}"))
 
     with Loop("semantic", out, codec.semantic, optimizer, settings.steps, resume) as loop:
         for step, batch in zip(loop.steps(), prefetch(make, loop.range()), strict=True):

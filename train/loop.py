@@ -89,6 +89,7 @@ class Loop:
         """Yields each step still to do; after the caller's work on it, logs and saves."""
         task = self.progress.add_task(self.name, total=self.total, completed=self.step)
         for step in self.range():
+            torch.manual_seed(step)  # quantisers draw random numbers: a resumed run must draw the same
             yield step
             self.step = step + 1
             if self.step % self.LOG_EVERY == 0:

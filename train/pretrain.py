@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 import time
@@ -26,7 +27,7 @@ from speechllm.checkpoint import save_checkpoint
 from speechllm.codec import SpeechCodec, load_codec
 from speechllm.data.encoded import read_encoded
 from speechllm.data.mixture import Mixture, TrainingBatch
-from speechllm.data.sampling import LengthSampler, prefetch
+from speechllm.data.sampling import LengthSampler, prefetch, short_first
 from speechllm.errors import InputError
 from speechllm.model import make_model, parameter_counts, set_embedding_rows
 from speechllm.text import TextTokenizer
@@ -65,6 +66,11 @@ class Trainer:
             lambda row: row["duration"] <= config.max_audio_seconds
         )
         self.mixture = Mixture(train, self.vocabulary, self.text, config.tasks, config.code_noise)
+        if not self.mixture.rows:
+            raise InputError(
+                f"corpora: no utterance of up to max_audio_seconds = {config.max_audio_seconds} has an answer for "
+                f"{', '.join(config.tasks)}"
+            )
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.sampler = LengthSampler(self.mixture.lengths, config.batch_tokens, config.max_examples, config.seed)
 
@@ -81,7 +87,7 @@ class Trainer:
             model=objective, optimizer=optimizer, config=config.deepspeed_config(self.world, torch.cuda.is_available())
         )
         self.step = 0
-        if resume and (config.out / "state").exists():
+        if resume and (config.out / "state" / "latest").exists():
             _, client = self.engine.load_checkpoint(str(config.out / "state"))
             self.step = client["step"]
         self.validation = Validation(config, codec, self.vocabulary, self.text, self.rank, self.world)
@@ -93,15 +99,11 @@ class Trainer:
         return lm
 
     def batch(self, step: int) -> TrainingBatch:
-        """This rank's share of ``step``; short utterances come first."""
+        """This rank's part of ``step``; short utterances come first."""
         config = self.config
         number = step * self.world + self.rank
-        grown = 20 + (self.longest - 20) * step / config.short_first if step < config.short_first else self.longest
-        return self.mixture.batch(self.sampler(number, grown), Random(f"{config.seed} batch {number}"))
-
-    @property
-    def longest(self) -> float:
-        return max(self.mixture.lengths)
+        indices = self.sampler(number, short_first(step, config.short_first))
+        return self.mixture.batch(indices, Random(f"{config.seed} batch {number}"))
 
     def train_step(self, step: int, batch: TrainingBatch) -> dict[str, float]:
         """One update; returns this rank's losses."""
@@ -119,8 +121,12 @@ class Trainer:
 
     def save(self) -> None:
         """State to resume from (all ranks), and a checkpoint that can be served (rank 0)."""
-        self.engine.save_checkpoint(str(self.config.out / "state"), tag="last", client_state={"step": self.step})
+        state, tag = self.config.out / "state", f"step-{self.step}"
+        self.engine.save_checkpoint(str(state), tag=tag, client_state={"step": self.step})
         if self.rank == 0:
+            for older in state.glob("step-*"):  # kept until now: an interrupted save leaves the one before it whole
+                if older.name != tag:
+                    shutil.rmtree(older)
             save_checkpoint(
                 self.config.out / "checkpoint",
                 self.lm,
@@ -146,7 +152,7 @@ class Trainer:
             signal.signal(number, lambda *_: stopping.append(True))
         log = MetricLog(config.out) if self.rank == 0 else None
         sums: dict[str, float] = {}
-        mark, tokens = time.monotonic(), 0
+        mark, tokens, count = time.monotonic(), 0, 0
         steps = range(self.step, config.steps)
         bar = progress_bar()
         bar.disable = self.rank != 0
@@ -155,16 +161,16 @@ class Trainer:
             for step, batch in zip(steps, prefetch(self.batch, steps), strict=True):
                 for name, value in self.train_step(step, batch).items():
                     sums[name] = sums.get(name, 0.0) + value
-                tokens += int(batch.lm.attention_mask.sum())
+                tokens, count = tokens + int(batch.lm.attention_mask.sum()), count + 1
                 self.step = step + 1
                 last = self.step == config.steps
                 if self.step % config.log_every == 0:
                     stop = self.any_rank(bool(stopping))
                     if log:
                         speed = self.world * tokens / (time.monotonic() - mark)
-                        means = {name: value / config.log_every for name, value in sums.items()}
+                        means = {name: value / count for name, value in sums.items()}  # fewer after a resume
                         log.write(self.step, tokens_per_second=speed, **means)
-                    sums, mark, tokens = {}, time.monotonic(), 0
+                    sums, mark, tokens, count = {}, time.monotonic(), 0, 0
                     if stop:
                         self.save()
                         return False

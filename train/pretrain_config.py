@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from speechllm.model import ModelConfig
 from speechllm.tasks import TASKS
@@ -57,6 +57,12 @@ class Pretraining(Settings):
             if share <= 0:
                 raise ValueError(f"the share of {name} must be above 0; leave the task out instead")
         return tasks
+
+    @model_validator(mode="after")
+    def _ctc_layer_exists(self) -> Pretraining:
+        if self.ctc_weight and self.ctc_layer > self.model.num_layers:
+            raise ValueError(f"ctc_layer = {self.ctc_layer} exceeds model.num_layers = {self.model.num_layers}")
+        return self
 
     def deepspeed_config(self, world: int, gpu: bool) -> dict[str, Any]:
         """The dictionary DeepSpeed takes. Batches are measured in tokens, so its own batch size is nominal."""

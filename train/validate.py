@@ -73,7 +73,7 @@ class Validation:
     @torch.inference_mode()
     def losses(self, lm: PreTrainedModel, dev: DevSet) -> tuple[float, float]:
         """Loss per answer id with each clip's own audio, and with the next clip's audio in its place."""
-        sums = torch.zeros(3)
+        sums = torch.zeros(3, device=lm.device)  # where the ranks of a job on GPUs can add them up
         for start in range(0, len(dev.examples), CHUNK):
             chunk = dev.examples[start : start + CHUNK]
             swapped = [
@@ -81,7 +81,7 @@ class Validation:
                 for e, other in zip(chunk, chunk[1:] + chunk[:1], strict=True)
             ]
             own, count = self.summed_loss(lm, chunk)
-            sums += torch.stack([own, self.summed_loss(lm, swapped)[0], count])
+            sums += torch.stack([own, self.summed_loss(lm, swapped)[0], count]).to(sums.device)
         if self.world > 1:
             distributed.all_reduce(sums)
         own_mean, foreign_mean = (sums[:2] / sums[2]).tolist()

@@ -43,10 +43,10 @@ def distort(feature: Tensor, rng: Random) -> Tensor:
         power = F.conv1d(F.pad(power.T.unsqueeze(1), (23, 0)), kernel.flip(0)[None, None]).squeeze(1).T
     power = power * math.exp(DB * rng.uniform(-12, 8))
     if rng.random() < 0.5:
-        tilt = torch.linspace(0, rng.uniform(-30, 6), bins) + rng.uniform(0, 6) * torch.randn(
-            bins // 8
-        ).repeat_interleave(8)
-        noise = (DB * tilt).exp() * torch.empty(columns, bins).exponential_()
+        generator = torch.Generator().manual_seed(rng.getrandbits(62))
+        colour = torch.randn(bins // 8, generator=generator).repeat_interleave(8)
+        tilt = torch.linspace(0, rng.uniform(-30, 6), bins) + rng.uniform(0, 6) * colour
+        noise = (DB * tilt).exp() * torch.empty(columns, bins).exponential_(generator=generator)
         noise *= power.mean() / noise.mean() * math.exp(-DB * rng.uniform(5, 35))
         power = power + noise
     if rng.random() < 0.3:

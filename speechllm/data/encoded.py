@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
 from speechllm.codec import Codec
@@ -24,18 +25,29 @@ def read_encoded(folders: Sequence[str | Path], split: str, codec: Codec | None 
     int16, flattened ``[n_q * frames]``, with ``n_q``.
 
     Raises:
-        InputError: a folder holds no shards, no row is of the split, or a corpus was not encoded with ``codec``.
+        InputError: a folder holds no shards, a file is damaged, no row is of the split, or a corpus was not encoded
+            with ``codec``.
     """
     files: list[str] = []
     for folder in map(Path, folders):
         shards = sorted(folder.glob("*.parquet"))
         if not shards or not (folder / INFO).is_file():
             raise InputError(f"{folder}: not an encoded corpus; make it with python -m train.encode")
-        info = json.loads((folder / INFO).read_text(encoding="utf-8"))
-        if codec is not None and info["codec"] != codec.fingerprint(info["n_q"]):
+        try:
+            info = json.loads((folder / INFO).read_text(encoding="utf-8"))
+            fits = codec is None or info["codec"] == codec.fingerprint(info["n_q"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{folder / INFO}: damaged; encode again with python -m train.encode") from error
+        if not fits:
             raise InputError(f"{folder}: encoded with another codec; encode it again with python -m train.encode")
         files += map(str, shards)
-    rows = Dataset.from_parquet(files)
+    try:
+        rows = Dataset.from_parquet(files)
+    except (DatasetGenerationError, ValueError) as error:  # a bad footer is a ValueError of pyarrow
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise InputError(
+            f"{', '.join(map(str, folders))}: a shard is damaged ({reason}): remove it and run train.encode again"
+        ) from error
     rows = rows.filter(lambda splits: [s == split for s in splits], input_columns="split", batched=True)
     if not len(rows):
         raise InputError(f"no {split} row in {', '.join(map(str, folders))}")

@@ -12,6 +12,11 @@ from typing import TypeVar
 Batch = TypeVar("Batch")
 
 
+def short_first(step: int, steps: int) -> float:
+    """The shortest share of a corpus to draw from, growing from a tenth to all of it over ``steps``."""
+    return 1.0 if step >= steps else 0.1 + 0.9 * step / steps
+
+
 class LengthSampler:
     """The items of any step, computed from (seed, step) alone, so that a resumed run sees the same batches.
 
@@ -27,8 +32,8 @@ class LengthSampler:
         self._order: list[int] = []
         self._ends: list[float] = []
 
-    def __call__(self, step: int, longest: float = float("inf")) -> list[int]:
-        """Indices for ``step``, of items no longer than ``longest``."""
+    def __call__(self, step: int, share: float = 1.0) -> list[int]:
+        """Indices for ``step``; the batch starts among the shortest ``share`` of the items."""
         epoch = step // self.RESHUFFLE
         if epoch != self._epoch:
             rng = Random(f"{self.seed} order {epoch}")
@@ -36,8 +41,7 @@ class LengthSampler:
             self._order = sorted(range(len(jittered)), key=jittered.__getitem__)
             self._ends = list(accumulate(self.lengths[i] for i in self._order))
             self._epoch = epoch
-        within = next((n for n, i in enumerate(self._order) if self.lengths[i] > longest), len(self._order))
-        limit = self._ends[within - 1] if within else self._ends[0]
+        limit = self._ends[max(1, round(share * len(self._order))) - 1]
         start = bisect_left(self._ends, Random(f"{self.seed} step {step}").random() * limit)
         chosen: list[int] = []
         total = 0.0
