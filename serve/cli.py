@@ -47,6 +47,7 @@ app = typer.Typer(
     epilog='Start with: speechllm ask "Transcribe this audio" recording.wav',
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_show_locals=False,
 )
 
@@ -73,7 +74,7 @@ def ask(
     ],
     audio: Annotated[
         list[str],
-        typer.Argument(metavar="AUDIO...", help="Audio files (wav, flac, ogg, opus, mp3); - reads standard input."),
+        typer.Argument(metavar="AUDIO", help="Audio files (wav, flac, ogg, opus, mp3); - reads standard input."),
     ],
     model: Model = None,
     format: Annotated[
@@ -84,16 +85,19 @@ def ask(
     ),
     batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Pieces of audio answered at once.")] = 8,
 ) -> None:
-    """Ask something about audio files; answers go to standard output, in the order of the files.
+    """Ask something about audio files.
 
-    Audio longer than the model was trained on is cut at pauses and answered piece by piece, to the end. Exit code: 0
-    when every file was answered, 2 when one was not (the others still are) or the command cannot be used as given.
+    Answers go to standard output, in the order of the files. Audio longer than the model was
+    trained on is cut at pauses and answered piece by piece, to the end.
 
-    speechllm ask "Transcribe this audio" a.wav b.mp3
+    Exit code: 0 when every file was answered; 2 when one was not (the others still are), or the command cannot be
+    used as given.
 
-    speechllm ask "Translate this audio to French" --format json *.flac > answers.jsonl
-
-    ffmpeg -i talk.mp4 -f wav - | speechllm ask "Transcribe this audio" -
+    \b
+    Examples:
+      speechllm ask "Transcribe this audio" a.wav b.mp3
+      speechllm ask "Translate this audio to French" --format json *.flac
+      ffmpeg -i talk.mp4 -f wav - | speechllm ask "Transcribe this audio" -
     """
     with _plain_errors():
         checkpoint = _load(model, device)
@@ -109,7 +113,10 @@ def ask(
 
 @app.command()
 def info(model: Model = None) -> None:
-    """Say what a checkpoint is: its model, codec, vocabulary, limits and tasks."""
+    """Say what a checkpoint is.
+
+    Its model, codec, vocabulary, limits and tasks, one a line.
+    """
     with _plain_errors():
         checkpoint = _load(model, Device.cpu)
         from speechllm.model import parameter_counts
@@ -208,7 +215,8 @@ def _show(answer: Answer | Failure, format: Format, max_answer_tokens: int) -> N
         _complain(f"error: {answer.error}")
     elif answer.finish_reason == "length" and format is Format.text:
         _complain(
-            f"warning: {answer.file}: the answer was cut, the model does not write more than {max_answer_tokens} text pieces at once"
+            f"warning: {answer.file}: the answer was cut: the model writes at most {max_answer_tokens} text pieces "
+            "for one piece of audio"
         )
     elif answer.finish_reason == "no_speech" and format is Format.text:
         _complain(f"note: {answer.file}: no speech")

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def speech_spans(wav: Tensor, sample_rate: int, max_seconds: float) -> list[Span
         if not group:
             continue
         start, end = group[0][0], group[-1][1]
-        pauses = [after[0] - before[1] for before, after in zip(group, group[1:], strict=False)]
+        pauses = [after[0] - before[1] for before, after in pairwise(group)]
         longest = max(pauses, default=0)
         if end - start <= limit and longest <= long_pause:
             spans.append((start, end))

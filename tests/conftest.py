@@ -1,19 +1,38 @@
 """Helpers shared by the tests."""
 
+import gzip
+import json
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
+from typer import Typer
+from typer.testing import CliRunner
 
 from speechllm.checkpoint import save_checkpoint
 from speechllm.codec import SpeechCodec, SpeechCodecConfig, save_codec
+from speechllm.data.manifest import read_manifest, write_manifest
 from speechllm.model import ModelConfig, make_model
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
+from train import codec as train_codec
+from train import encode, synthesize
 
-TEXT_MODEL = Path(__file__).resolve().parent.parent / "tokenizers" / "text.model"
+ROOT = Path(__file__).resolve().parent.parent
+TEXT_MODEL = ROOT / "tokenizers" / "text.model"
+SPOKEN = (
+    ("Ten men ran in the sun.", "Zehn Männer rannten in der Sonne."),
+    ("Six kids sit in the city.", "Sechs Kinder sitzen in der Stadt."),
+    ("Two dogs run.", "Zwei Hunde rennen."),
+    ("She sings to Tim.", "Sie singt für Tim."),
+)
 
 
 def require_engine(program: str) -> None:
@@ -54,3 +73,104 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_answer_tokens=6,
     )
     return folder / "tiny"
+
+
+def command(main: Callable[..., None], *arguments: object) -> str:
+    """Run a typer command to its end and return what it printed."""
+    app = Typer()
+    app.command()(main)
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def python(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """A Python process of its own, started in the repository's root; one thread, output as text."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+def write_yaml(path: Path, settings: dict[str, Any]) -> Path:
+    """Settings as a config file; paths in it become text."""
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(settings, default=str))))
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty-four utterances of two engines: manifest.jsonl for training, and four of them as dev.jsonl."""
+    require_engine("flite")
+    require_engine("espeak-ng")
+    folder = tmp_path_factory.mktemp("speech")
+    with gzip.open(folder / "captions.jsonl.gz", "wt") as file:
+        for number, (english, german) in enumerate(SPOKEN):
+            file.write(json.dumps({"id": f"c{number}", "en": english, "de": german}) + "\n")
+    engines = ("--engine", "flite", "--engine", "espeak", "--jobs", 1)
+    command(synthesize.main, "--text", folder / "captions.jsonl.gz", "--out", folder, "--count", 24, *engines)
+    utterances = read_manifest(folder / "manifest.jsonl")
+    write_manifest(folder / "dev.jsonl", [u.model_copy(update={"split": "dev"}) for u in utterances[:4]])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def codec_settings(corpus: Path) -> dict[str, Any]:
+    """What a config file of train.codec needs beside "out"; sizes and steps are tiny."""
+    return {
+        "manifests": [corpus / "manifest.jsonl"],
+        "dev_manifests": [corpus / "dev.jsonl"],
+        "codec": {
+            "n_mels": 16, "card": 16, "n_acoustic": 1, "dim": 32, "depth": 1, "recognizer_depth": 1, "kernel": 5,
+            "code_dim": 8, "acoustic_dim": 16, "acoustic_depth": 1, "decoder_dim": 16, "decoder_depth": 1,
+        },
+        "semantic": {
+            "steps": 40, "warmup": 4, "batch_seconds": 8.0, "short_first": 4, "evaluate_every": 40,
+        },
+        "acoustic": {
+            "steps": 20, "warmup": 2, "batch_clips": 2, "crop_seconds": 0.32, "evaluate_every": 20,
+        },
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def codec_run(codec_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of both stages; the codec is in its folder codec."""
+    out = tmp_path_factory.mktemp("codec") / "run"
+    config = write_yaml(out.with_name("codec.yaml"), codec_settings | {"out": out})
+    command(train_codec.main, "--config", config)
+    command(train_codec.main, "--config", config, "--stage", "acoustic")
+    return out
+
+
+@pytest.fixture(scope="session")
+def pretrain_settings(corpus: Path, codec_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The corpus encoded, and what a config file of train/pretrain.py needs beside "out"."""
+    codes = tmp_path_factory.mktemp("codes")
+    for manifest in ("manifest", "dev"):
+        path = corpus / f"{manifest}.jsonl"
+        command(encode.main, path, "--out", codes / manifest, "--codec", codec_run / "codec", "--jobs", 1)
+    return {
+        "text_model": TEXT_MODEL,
+        "codec": codec_run / "codec",
+        "corpora": [codes / "manifest"],
+        "dev_corpora": [codes / "dev"],
+        "tasks": {"transcribe": 0.7, "translate_de": 0.3},
+        "model": {"hidden_size": 32, "num_layers": 2, "expert_size": 32, "num_experts": 4, "max_positions": 512},
+        "ctc_layer": 1, "max_answer_tokens": 6, "batch_tokens": 250, "max_examples": 4, "short_first": 4, "warmup": 4,
+        "code_noise": 0.1, "steps": 10, "log_every": 2, "evaluate_every": 10, "save_every": 6, "decode_examples": 2,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def pretrained(pretrain_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a pretraining run that was not interrupted."""
+    out = tmp_path_factory.mktemp("pretrained") / "run"
+    config = write_yaml(out.with_name("pretrain.yaml"), pretrain_settings | {"out": out})
+    result = python("train/pretrain.py", "--config", config)
+    assert result.returncode == 0, result.stderr
+    return out

@@ -14,7 +14,7 @@ from speechllm.audio import read_audio
 from speechllm.checkpoint import Checkpoint, load_checkpoint
 from speechllm.data.synthesis import SAMPLE_RATE, VOICES, speak
 from speechllm.errors import InputError
-from speechllm.prompt import Example, collate, labels, render
+from speechllm.prompt import Example, labels, render
 
 ASK = "Transcribe this audio"
 KEYS = [
@@ -36,24 +36,25 @@ def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
     return load_checkpoint(tiny_checkpoint)
 
 
+@torch.no_grad()
+def saying(folder: Path, answer: str) -> Checkpoint:
+    """The tiny checkpoint, its weights set so that it answers this to everything: each id leads to the next one."""
+    checkpoint = load_checkpoint(folder)
+    ids = [checkpoint.vocabulary.answer, *checkpoint.text.encode(answer), checkpoint.vocabulary.end]
+    assert len(set(ids)) == len(ids)
+    for name, weight in checkpoint.lm.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj")):
+            weight.zero_()  # what is left of a layer is its residual: the state is the last id's embedding
+    states = checkpoint.lm.model.norm(checkpoint.lm.get_input_embeddings().weight)  # [vocabulary, hidden]
+    head = torch.zeros_like(states)
+    head[ids[1:]] = 0.3 * states[ids[:-1]]
+    checkpoint.lm.lm_head.weight = torch.nn.Parameter(head)
+    return checkpoint
+
+
 @pytest.fixture(scope="module")
 def taught(tiny_checkpoint: Path) -> Checkpoint:
-    """The tiny checkpoint after it has learnt to answer "two words" to everything, and nothing to "Nothing"."""
-    checkpoint = load_checkpoint(tiny_checkpoint)
-    torch.manual_seed(0)
-    examples = [
-        render(Example(codes, ask, answer), checkpoint.vocabulary, checkpoint.text)
-        for ask, answer in ((ASK, "two words"), ("Nothing", ""))
-        for frames in (1, 25, 80, 200)
-        for codes in (torch.randint(16, (1, frames)), torch.randint(16, (1, 1)).expand(1, frames))
-    ]
-    batch = collate(examples, checkpoint.vocabulary.pad)
-    optimizer = torch.optim.Adam(checkpoint.lm.parameters(), lr=1e-2)
-    for _ in range(60):
-        checkpoint.lm(**vars(batch)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return checkpoint
+    return saying(tiny_checkpoint, "two words")
 
 
 def noise(seconds: float, seed: int = 0) -> np.ndarray:
@@ -95,11 +96,12 @@ def test_a_taught_answer_and_its_confidence(taught: Checkpoint, tmp_path: Path) 
     rendered = render(Example(codes, ASK, "two words"), taught.vocabulary, taught.text)
     with torch.inference_mode():
         loss = taught.lm(input_ids=rendered.ids[None], labels=labels(rendered)[None]).loss
+    assert 0.1 < answer.confidence < 0.95
     assert answer.confidence == pytest.approx(math.exp(-loss), rel=1e-3)  # the end id counts too
 
 
-def test_an_empty_answer_means_no_speech(taught: Checkpoint, tmp_path: Path) -> None:
-    (answer,) = ask(taught, [write(tmp_path / "a.wav", noise(1.0))], "Nothing")
+def test_an_empty_answer_means_no_speech(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (answer,) = ask(saying(tiny_checkpoint, ""), [write(tmp_path / "a.wav", noise(1.0))])
     assert (answer.text, answer.segments, answer.finish_reason) == ("", (), "no_speech")
     assert answer.timings["generate"] > 0
     assert answer.seconds_consumed == 1.0

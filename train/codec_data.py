@@ -15,6 +15,7 @@ from speechllm.codec.layers import MEL_HOP, Downsample, LogMel
 from speechllm.data.augment import augment
 from speechllm.data.corpus import Item
 from speechllm.data.phonemes import VOICES, phonemes
+from speechllm.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,18 @@ def transcribable(items: list[Item]) -> list[Item]:
 
 
 def phoneme_inventory(items: list[Item], least: int = 20) -> tuple[str, ...]:
-    """Phonemes heard at least ``least`` times in the corpus, in alphabetical order."""
+    """Phonemes heard at least ``least`` times in the corpus, in alphabetical order.
+
+    Raises:
+        InputError: there is none.
+    """
     counts: Counter[str] = Counter()
     for item in items:
         counts.update(phonemes(item.utterance.text or "", item.utterance.language or ""))
-    return tuple(sorted(p for p, n in counts.items() if n >= least))
+    inventory = tuple(sorted(p for p, n in counts.items() if n >= least))
+    if not inventory:
+        raise InputError(f"no phoneme is heard {least} times in the manifests: give more transcribed speech")
+    return inventory
 
 
 class CtcData:

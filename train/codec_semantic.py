@@ -107,6 +107,7 @@ def train_semantic(
     codec: SpeechCodec, train: CtcData, dev: CtcData, settings: SemanticSettings, out: Path, seed: int, resume: bool
 ) -> None:
     """Train ``codec.semantic`` in place; the state is kept in ``out`` and, with ``resume``, taken up from there."""
+    codec.train()  # a codec that was loaded is in evaluation mode, in which its codebook does not learn
     optimizer = torch.optim.AdamW(
         codec.semantic.parameters(), settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
     )

@@ -1,0 +1,220 @@
+"""The pretraining command: whole, stopped and resumed, on two processes, and refused."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, python, write_yaml
+
+from speechllm.checkpoint import load_checkpoint
+from speechllm.errors import InputError
+from train import pretrain
+from train.config import read_config
+from train.log import MetricLog, read_metrics
+from train.pretrain_config import Pretraining
+
+# Starts the command as the shell would, but has SIGTERM arrive within the step that is the last argument.
+STOPPED = """
+import signal
+import sys
+
+from train import pretrain
+
+train_step = pretrain.Trainer.train_step
+stop_at = int(sys.argv.pop())
+
+
+def step_with_signal(trainer, step, batch):
+    if step == stop_at:
+        signal.raise_signal(signal.SIGTERM)
+    return train_step(trainer, step, batch)
+
+
+pretrain.Trainer.train_step = step_with_signal
+pretrain.main()
+"""
+# Starts the command as the launcher would, and notes what each rank ended with.
+OBSERVED = """
+import json
+
+from speechllm.codec.base import hash_tensors
+from train import pretrain
+
+run = pretrain.Trainer.run
+
+
+def run_and_note(trainer):
+    first = trainer.batch(0).lm.input_ids.tolist()
+    finished = run(trainer)
+    note = {
+        "finished": finished,
+        "step": trainer.step,
+        "world": trainer.world,
+        "weights": hash_tensors(trainer.lm.state_dict()),
+        "first": first,
+    }
+    (trainer.config.out / f"rank-{trainer.rank}.json").write_text(json.dumps(note))
+    return finished
+
+
+pretrain.Trainer.run = run_and_note
+pretrain.main()
+"""
+
+
+def records(out: Path) -> list[dict[str, float]]:
+    """What was logged, without what the clock has a part in."""
+    clock = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in r.items() if k not in clock} for r in read_metrics(out / "metrics.jsonl")]
+
+
+def weights_of(out: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(out / "checkpoint").lm.state_dict()
+
+
+def test_a_run_logs_and_saves(pretrained: Path) -> None:
+    found = records(pretrained)
+    assert [r["step"] for r in found if "loss" in r] == [2, 4, 6, 8, 10]
+    for r in (r for r in found if "loss" in r):
+        assert r["loss"] == pytest.approx(r["answer"] + 0.01 * r["aux"] + 0.3 * r["ctc"], abs=2e-6)
+        assert 0 < r["idlest_expert"] < 0.25 < r["busiest_expert"] < 1
+    rates = [r["learning_rate"] for r in found if "loss" in r]
+    assert rates[:2] == pytest.approx([2e-3 * 2 / 4, 2e-3])  # warm-up over 4 steps
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    (scores,) = (r for r in found if "loss_transcribe_dev" in r)
+    assert scores["step"] == 10
+    assert scores.keys() == {"step"} | {
+        f"{name}_dev" for name in ("loss_transcribe", "gap_transcribe", "wer_transcribe")
+    } | {f"{name}_dev" for name in ("loss_translate_de", "gap_translate_de", "bleu_translate_de")}
+    assert (pretrained / "training.png").stat().st_size > 1000
+    checkpoint = load_checkpoint(pretrained / "checkpoint")
+    assert checkpoint.vocabulary.merge_repeats
+    assert checkpoint.settings.max_answer_tokens == 6
+    assert all(value.isfinite().all() for value in checkpoint.lm.state_dict().values())
+    assert [path.name for path in (pretrained / "state").glob("step-*")] == ["step-10"]
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+    pretrained: Path, pretrain_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    config = write_yaml(tmp_path / "pretrain.yaml", pretrain_settings | {"out": out})
+    stopped = python("-c", STOPPED, "--config", config, 3)
+    assert stopped.returncode != 0
+    assert "stopped after step 4; go on with --resume" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert [r["step"] for r in records(out)] == [2, 4]
+    assert any(not torch.equal(value, weights_of(pretrained)[name]) for name, value in weights_of(out).items())
+
+    resumed = python("train/pretrain.py", "--config", config, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert records(out) == records(pretrained)
+    assert all(torch.equal(value, weights_of(pretrained)[name]) for name, value in weights_of(out).items())
+
+
+def test_two_processes_end_with_the_same_weights(pretrain_settings: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = pretrain_settings | {"out": out, "steps": 4, "evaluate_every": 4, "zero_stage": 1}
+    config = write_yaml(tmp_path / "pretrain.yaml", settings)
+    (tmp_path / "observed.py").write_text(OBSERVED)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_accelerators", 2, "--master_port", port]
+    result = subprocess.run(
+        [*map(str, launcher), str(tmp_path / "observed.py"), "--config", str(config)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = (json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(2))
+    assert first["finished"] and second["finished"]
+    assert (first["step"], first["world"]) == (second["step"], second["world"]) == (4, 2)
+    assert first["weights"] == second["weights"]
+    assert first["first"] != second["first"]
+    assert [r["step"] for r in records(out)] == [2, 4, 4]
+    assert load_checkpoint(out / "checkpoint").lm.config.num_local_experts == 4
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The command in this process, for errors before anything is started; what it wrote to stderr."""
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, arguments)])
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def test_a_second_run_in_the_same_folder_is_refused(
+    pretrained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (pretrained / "metrics.jsonl").read_bytes()
+    error = run_here(monkeypatch, capsys, "--config", pretrained.with_name("pretrain.yaml"))
+    assert f"{pretrained}: holds a run already: add --resume to go on" in error
+    assert (pretrained / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "pretrain.yaml: steps: "),
+        ({"colour": "red"}, "pretrain.yaml: colour: "),
+        ({"tasks": {"sing": 1}}, "unknown task 'sing': known are transcribe"),
+        ({"tasks": {"transcribe": 0}}, "the share of transcribe must be above 0"),
+        ({"model": {"top_k": 9}}, "model: Value error, top_k = 9 exceeds num_experts = 8"),
+        ({"ctc_layer": 3}, "ctc_layer = 3 exceeds model.num_layers = 2"),
+        ({"codec": "nowhere"}, "nowhere: not a codec folder"),
+        ({"corpora": ["nowhere"]}, "nowhere: not an encoded corpus"),
+        ({"max_audio_seconds": 0.01}, "no utterance of up to max_audio_seconds = 0.01 has an answer for transcribe"),
+        ({"n_q": 2, "merge_repeats": False}, "encoded with 1 codebooks, 2 are asked for"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_settings_are_named(
+    change: dict[str, Any],
+    message: str,
+    pretrain_settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = pretrain_settings | {"out": tmp_path / "run"} | change
+    error = run_here(monkeypatch, capsys, "--config", write_yaml(tmp_path / "pretrain.yaml", settings))
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_config_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="gone.yaml: cannot be read"):
+        read_config(tmp_path / "gone.yaml", Pretraining)
+    path = tmp_path / "bad.yaml"
+    for content, message in (("a: [1", "not YAML"), ("- 1", "the file"), ("", "the file")):
+        path.write_text(content)
+        with pytest.raises(InputError, match=f"bad.yaml: {message}") as error:
+            read_config(path, Pretraining)
+        assert "\n" not in str(error.value)
+
+
+def test_of_a_step_logged_twice_the_later_record_counts(tmp_path: Path) -> None:
+    for losses in ([5.0, 4.0, 3.0], [3.5, 2.5]):  # stopped after step 3, resumed from a state saved at step 1
+        log = MetricLog(tmp_path)
+        for step, loss in enumerate(losses, 1 if len(losses) == 3 else 2):
+            log.write(step, loss=loss)
+        log.write(3, wer=10 * losses[-1])
+        log.close()
+    found = [(r["step"], r.get("loss"), r.get("wer")) for r in read_metrics(tmp_path / "metrics.jsonl")]
+    assert found == [(1, 5.0, None), (2, 3.5, None), (3, 2.5, None), (3, None, 25.0)]
