@@ -112,6 +112,8 @@ def load_checkpoint(folder: str | Path = DEFAULT, device: str | torch.device = "
         raise InputError(f"{folder / SETTINGS}: {error}") from error
     text = TextTokenizer.load(folder / TEXT)
     codec = load_codec(folder / CODEC)
+    if not (folder / LM / "config.json").is_file():  # transformers would take the path for a name on the hub
+        raise InputError(f"{folder / LM}: holds no language model (no config.json)")
     try:
         lm = load_model(folder / LM, device)
     except (OSError, ValueError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:

@@ -84,15 +84,21 @@ def command(main: Callable[..., None], *arguments: object) -> str:
     return result.output
 
 
-def python(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """A Python process of its own, started in the repository's root; one thread, output as text."""
+def run_program(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """A program of this environment, e.g. "python", run in the repository's root; one thread, output as text.
+
+    The environment's programs come first on the path, as when it is activated: another ninja than the one of the last
+    run would make DeepSpeed compile its C++ part anew.
+    """
+    programs = Path(sys.executable).parent
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
-        [sys.executable, *map(str, arguments)],
+        [str(programs / str(arguments[0])), *map(str, arguments[1:])],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PATH": path},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=900,  # a first run compiles; killed, it would leave a lock that later ones wait for
     )
 
 
@@ -171,6 +177,6 @@ def pretrained(pretrain_settings: dict[str, Any], tmp_path_factory: pytest.TempP
     """The folder of a pretraining run that was not interrupted."""
     out = tmp_path_factory.mktemp("pretrained") / "run"
     config = write_yaml(out.with_name("pretrain.yaml"), pretrain_settings | {"out": out})
-    result = python("train/pretrain.py", "--config", config)
+    result = run_program("python", "train/pretrain.py", "--config", config)
     assert result.returncode == 0, result.stderr
     return out

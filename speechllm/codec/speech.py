@@ -15,6 +15,7 @@ from vector_quantize_pytorch import ResidualVQ, VectorQuantize
 
 from speechllm.codec.base import Codec, hash_tensors
 from speechllm.codec.layers import MEL_HOP, ConvStack, Downsample, LogMel
+from speechllm.errors import InputError
 
 
 class SpeechCodecConfig(BaseModel):
@@ -140,7 +141,16 @@ class SpeechCodec(nn.Module, Codec):
 
     @torch.inference_mode()
     def encode(self, wav: Tensor, n_q: int | None = None, chunk_seconds: float = 60.0) -> Tensor:
-        """See :meth:`Codec.encode`. Memory is bounded by ``chunk_seconds``; the codes do not depend on it."""
+        """See :meth:`Codec.encode`. Memory is bounded by ``chunk_seconds``; the codes do not depend on it.
+
+        Raises:
+            InputError: a codebook asked for has not been trained.
+        """
+        part = (
+            self.semantic.quantizer if n_q == 1 else nn.ModuleList([self.semantic.quantizer, self.acoustic.quantizer])
+        )
+        if not all(flag.all() for name, flag in part.named_buffers() if name.endswith("initted")):
+            raise InputError("the codec's codebooks are not trained: run python -m train.codec, both stages")
         frames = -(-wav.shape[-1] // self.hop_length)
         wav = F.pad(wav, (0, frames * self.hop_length - wav.shape[-1]))
         step = max(1, int(chunk_seconds * self.frame_rate))
