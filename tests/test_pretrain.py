@@ -83,7 +83,7 @@ def test_a_run_logs_and_saves(pretrained: Path) -> None:
         assert r["loss"] == pytest.approx(r["answer"] + 0.01 * r["aux"] + 0.3 * r["ctc"], abs=2e-6)
         assert 0 < r["idlest_expert"] < 0.25 < r["busiest_expert"] < 1
     rates = [r["learning_rate"] for r in found if "loss" in r]
-    assert rates[:2] == pytest.approx([2e-3 * 2 / 4, 2e-3])  # warm-up over 4 steps
+    assert rates[:2] == pytest.approx([2e-3 * (1 + 2) / 4 / 2, 2e-3 * (3 + 4) / 4 / 2])  # means of the warm-up's steps
     assert rates[2:] == sorted(rates[2:], reverse=True)
     (scores,) = (r for r in found if "loss_transcribe_dev" in r)
     assert scores["step"] == 10
@@ -150,9 +150,10 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as stop:
         pretrain.main()
     assert stop.value.code == 2
-    error = capsys.readouterr().err
+    written = capsys.readouterr().err
+    assert "Traceback" not in written
+    error = written.splitlines()[-1]  # above it there may be the progress bars of datasets
     assert error.startswith("error: ")
-    assert error.count("\n") == 1
     return error
 
 

@@ -152,7 +152,7 @@ def test_utterance_follows_from_seed_and_index(tmp_path: Path) -> None:
     items = tuple(Caption(f"c{n}", text, {"de": f"Satz {n}"}) for n, text in enumerate(CAPTIONS))
     made = []
     for folder in ("one", "two"):
-        plan = Plan("set", tmp_path / folder, items, "train", 0.5, 7, None, ("flite", "espeak"))
+        plan = Plan("set", tmp_path / folder, "captions.jsonl.gz", items, "train", 0.5, 7, None, ("flite", "espeak"))
         made.append([make(plan, index).utterance for index in range(8)])
     assert made[0] == made[1]
     assert None not in made[0]
@@ -208,3 +208,13 @@ def test_command_reports_bad_input_without_a_traceback(tmp_path: Path, captions:
     code, output = command("--text", str(captions), "--split", "x", "--out", str(tmp_path / "o"), "--count", "1")
     assert code == 2
     assert "--split" in output
+
+
+def test_nonspeech_has_an_empty_text_and_no_speaker(tmp_path: Path) -> None:
+    plan = Plan("quiet", tmp_path, "nonspeech", (), "train", 0.0, 3, None)
+    for index in range(12):
+        utterance = make(plan, index).utterance
+        assert utterance is not None and utterance.text == "" and utterance.speaker is None
+        wav, rate = soundfile.read(tmp_path / utterance.audio)
+        assert rate == SAMPLE_RATE and np.isfinite(wav).all() and np.abs(wav).max() <= 1.0
+        assert utterance.duration == pytest.approx(len(wav) / rate, abs=1e-4)

@@ -47,7 +47,7 @@ def single_process_environment() -> None:
         "LOCAL_RANK": 0,
         "WORLD_SIZE": 1,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": 29511,
+        "MASTER_PORT": 0,  # any free one
     }.items():
         os.environ.setdefault(name, str(value))
 
