@@ -42,6 +42,7 @@ class CheckpointSettings(BaseModel):
     name: str
     vocabulary: dict[str, int | bool]
     fingerprint: str
+    codec_fingerprint: str = Field(description="of the weights that make the codes the LM was trained on")
     max_audio_seconds: float = Field(gt=0, description="longest clip it was trained on; longer ones are cut at pauses")
     max_answer_tokens: int = Field(gt=0)
 
@@ -79,6 +80,8 @@ def save_checkpoint(
     for old in (folder / LM).glob("*.safetensors*"):
         old.unlink()  # a run with fewer shards must not leave some of an older one behind
     state = {key: value.detach().to("cpu", dtype) for key, value in lm.state_dict().items()}
+    if lm.config.tie_word_embeddings:  # one table under two names: stored once
+        state.pop("lm_head.weight", None)
     lm.save_pretrained(folder / LM, state_dict=state, max_shard_size=MAX_SHARD)
     shutil.copytree(codec, folder / CODEC, dirs_exist_ok=True)
     text.save(folder / TEXT)
@@ -86,6 +89,7 @@ def save_checkpoint(
         name=name,
         vocabulary=vocabulary.to_dict(),
         fingerprint=vocabulary.fingerprint(text.model_bytes),
+        codec_fingerprint=load_codec(codec).fingerprint(vocabulary.n_q),
         max_audio_seconds=max_audio_seconds,
         max_answer_tokens=max_answer_tokens,
     )
@@ -129,6 +133,10 @@ def load_checkpoint(folder: str | Path = DEFAULT, device: str | torch.device = "
         (
             lm.config.vocab_size == vocabulary.size,
             f"the language model has {lm.config.vocab_size} ids, the vocabulary {vocabulary.size}",
+        ),
+        (
+            settings.codec_fingerprint == codec.fingerprint(vocabulary.n_q),
+            f"{CODEC} is not the codec whose codes it was trained on",
         ),
     ):
         if not fits:

@@ -34,6 +34,10 @@ SPOKEN = (
     ("She sings to Tim.", "Sie singt für Tim."),
 )
 
+# tensors here are tiny: threads would only wait for one another
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def require_engine(program: str) -> None:
     """Skip when a speech engine's program is not installed; in CI its absence is a failure."""

@@ -52,7 +52,9 @@ def semantic_stage(config: CodecTraining, resume: bool) -> None:
     train_items = transcribable(read_corpus(config.manifests, "train"))
     dev_items = transcribable(read_corpus(config.dev_manifests, "dev"))
     started = config.out / "semantic" / "codec"
-    if resume and started.exists():
+    if started.exists() and not resume:
+        raise InputError(f"{config.out}: holds a run already: add --resume to go on, or set another 'out'")
+    if started.exists():
         codec = load_codec(started)  # the phonemes of the run that is resumed, whatever the corpus holds by now
         assert isinstance(codec, SpeechCodec)
     else:

@@ -1,4 +1,4 @@
-"""Batches for codec training: cached log-mel features, phoneme targets, waveform crops."""
+"""Batches for codec training: cached log-mel features and phoneme targets."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def evaluate(codec: SpeechCodec, data: CtcData, groups: dict[str, list[int]], qu
 
 
 def by_source(items: list[Item], most: int = 150) -> dict[str, list[int]]:
-    """Indices of at most ``most`` clips of each source that have a text to recognise."""
+    """Indices of at most ``most`` clips of each source."""
     groups: dict[str, list[int]] = {}
     for index, item in enumerate(items):
         group = groups.setdefault(item.utterance.source, [])

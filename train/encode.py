@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 from functools import partial
@@ -10,8 +11,10 @@ from random import Random
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 import typer
 from datasets import Dataset, Features, Sequence, Value
+from torch import Tensor
 
 from speechllm.audio import resample
 from speechllm.codec import Codec, load_codec
@@ -38,13 +41,22 @@ FEATURES = Features(
 )
 
 
+def vary(wav: Tensor, sample_rate: int, rng: Random) -> Tensor:
+    """``wav [1, samples]`` as if from another speaker, microphone and place: speed with pitch, tilt, level, noise."""
+    wav = resample(wav, sample_rate, round(sample_rate / rng.uniform(0.82, 1.22) / 100) * 100)
+    wav = wav - rng.uniform(-0.4, 0.7) * F.pad(wav, (1, -1))  # first-order filter: duller or brighter
+    generator = torch.Generator().manual_seed(rng.getrandbits(62))
+    if rng.random() < 0.5:
+        noise = torch.randn(wav.shape, generator=generator) * wav.square().mean().sqrt()
+        wav = wav + noise * 10 ** (-rng.uniform(12, 35) / 20)
+    return wav * (10 ** (rng.uniform(-32, -14) / 20) / wav.square().mean().sqrt().clamp_min(1e-6))
+
+
 def encode_row(codec: Codec, item: Item, n_q: int, copy: int) -> dict:
-    """One utterance as a row. Copy 0 is as recorded; the others are played at another speed and level."""
+    """One utterance as a row. Copy 0 is as recorded; the others are varied."""
     wav = item.wav(codec.sample_rate)
     if copy:
-        rng = Random(f"{item.utterance.id} {copy}")
-        wav = resample(wav, codec.sample_rate, round(codec.sample_rate / rng.uniform(0.88, 1.14) / 100) * 100)
-        wav = wav * rng.uniform(0.3, 1.2)
+        wav = vary(wav, codec.sample_rate, Random(f"{item.utterance.id} {copy}"))
     codes = codec.encode(wav, n_q=n_q)
     known = item.utterance
     return {
@@ -81,13 +93,16 @@ def encode_corpus(manifest: Path, codec_folder: Path, out: Path, n_q: int, copie
     """Encode every utterance of ``manifest`` (a manifest or a recorded set's folder) that is not in ``out`` yet.
 
     Raises:
-        InputError: ``out`` was encoded with another codec or other settings.
+        InputError: ``out`` holds other utterances than ``manifest``, or was encoded with another codec or settings.
     """
     items = [item for split in ("train", "dev", "test") for item in read_corpus([manifest], split, may_be_empty=True)]
-    info = {"codec": load_codec(codec_folder).fingerprint(n_q), "n_q": n_q}
+    codec = load_codec(codec_folder)
+    codec.check_n_q(n_q)
+    ids = hashlib.sha256("\n".join(item.utterance.id for item in items).encode()).hexdigest()[:16]
+    info = {"codec": codec.fingerprint(n_q), "n_q": n_q, "copies": copies, "utterances": ids}
     out.mkdir(parents=True, exist_ok=True)
     if (out / INFO).is_file() and json.loads((out / INFO).read_text()) != info:
-        raise InputError(f"{out}: encoded with another codec or n_q; give another --out, or remove it")
+        raise InputError(f"{out}: holds another manifest, or was encoded otherwise; give another --out, or remove it")
     (out / INFO).write_text(json.dumps(info) + "\n")
     shards = {n: items[start : start + SHARD] for n, start in enumerate(range(0, len(items), SHARD))}
     done = {int(path.stem) for path in out.glob("*.parquet")}
@@ -107,7 +122,10 @@ def main(
     codec: Annotated[Path, typer.Option(help="codec folder")] = Path("tokenizers/codec"),
     n_q: Annotated[int, typer.Option(help="codebooks to keep", min=1)] = 1,
     copies: Annotated[
-        int, typer.Option(help="versions of each train utterance; all but the first at another speed", min=1)
+        int,
+        typer.Option(
+            help="versions of each train utterance; all but the first varied in speed, tone, level and noise", min=1
+        ),
     ] = 1,
     jobs: Annotated[int, typer.Option(help="processes", min=1)] = 2,
 ) -> None:

@@ -44,6 +44,7 @@ class Result:
     low: float | None  # 95 % interval over clips (bootstrap), for WER
     high: float | None
     cer: float | None
+    signature: str | None = None  # of sacrebleu
 
 
 def reference(item: Item, task: Task) -> str | None:
@@ -83,8 +84,8 @@ def score(name: str, task: Task, speaker: str | None, items: Sequence[Item], hyp
     references = [reference(item, task) or "" for item in items]
     seconds = sum(item.utterance.duration for item in items)
     if task.metric == "bleu":
-        value = bleu(references, hypotheses)[0]
-        return Result(name, task.name, "BLEU", speaker, len(items), seconds, value, None, None, None)
+        value, signature = bleu(references, hypotheses)
+        return Result(name, task.name, "BLEU", speaker, len(items), seconds, value, None, None, None, signature)
     low, high = bootstrap_interval(references, hypotheses)
     errors, characters = wer(references, hypotheses), cer(references, hypotheses)
     return Result(
@@ -102,6 +103,9 @@ def table(results: Sequence[Result]) -> str:
         lines.append(
             f"| {r.set} | {r.task} | {speaker} | {r.clips} | {r.metric} | {r.value:.1f} | {interval} | {characters} |"
         )
+    lines += [
+        f"\nBLEU: sacrebleu, `{signature}`" for signature in sorted({r.signature for r in results if r.signature})
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -112,7 +116,9 @@ def plot(results: Sequence[Result], path: Path) -> None:
     for axis, metric in zip(axes[0], metrics, strict=True):
         chosen = [r for r in results if r.metric == metric][::-1]
         labels = [f"{r.set} {r.task} {r.speaker or 'all'}" for r in chosen]
-        spread = [(r.value - (r.low or r.value), (r.high or r.value) - r.value) for r in chosen]
+        spread = [
+            (0.0 if r.low is None else r.value - r.low, 0.0 if r.high is None else r.high - r.value) for r in chosen
+        ]
         axis.barh(labels, [r.value for r in chosen], xerr=list(zip(*spread, strict=True)), color="tab:blue", capsize=3)
         axis.set(xlabel=metric, xlim=(0, None))
     figure.tight_layout()
@@ -127,7 +133,9 @@ def evaluate(sets: Sequence[Path], tasks: Sequence[str], model: Path, split: Spl
         items = read_corpus([path], split)
         name = path.name if path.is_dir() else path.parent.name
         for task in (TASKS[t] for t in tasks):
-            chosen = [item for item in items if reference(item, task)][:limit]
+            chosen = [item for item in items if reference(item, task)][
+                :limit
+            ]  # clips without speech are no test of words
             if not chosen:
                 continue
             with progress_bar() as bar:

@@ -174,14 +174,14 @@ class Trainer:
                     if stop:
                         self.save()
                         return False
+                if self.step % config.save_every == 0 or last:
+                    self.save()
                 if self.step % config.evaluate_every == 0 or last:
                     scores = self.validation.run(self.lm)
                     if log:
                         log.write(self.step, **scores)
                         shown = "  ".join(f"{name} {value:.2f}" for name, value in scores.items())
                         bar.console.print(f"step {self.step}: {shown}", highlight=False)
-                if self.step % config.save_every == 0 or last:
-                    self.save()
                 bar.update(task, completed=self.step)
         if log:
             log.close()

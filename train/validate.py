@@ -1,4 +1,4 @@
-"""Validation while training: loss, the listening gap, and decoded WER and BLEU on held-out speakers."""
+"""Validation while training: loss, the listening gap, and decoded WER and BLEU on the dev corpora."""
 
 from __future__ import annotations
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from speechllm.errors import InputError
+
 
 class Codec(ABC):
     """Turns a waveform into discrete codes and codes into a waveform.
@@ -44,6 +46,12 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:
         """Codes int64 ``[k, frames]`` with ``1 <= k <= n_q`` to ``wav`` float32 ``[1, frames * hop_length]``."""
+
+    def check_n_q(self, n_q: int | None) -> int:
+        """Codebooks asked for, all when None; InputError when there are fewer."""
+        if n_q is not None and not 1 <= n_q <= self.n_q:
+            raise InputError(f"n_q = {n_q}: this codec has 1 to {self.n_q} codebooks")
+        return n_q or self.n_q
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:

@@ -65,7 +65,7 @@ class EncodecCodec(nn.Module, Codec):
         """See :meth:`Codec.encode`."""
         embedding = self.model.encoder(wav.unsqueeze(0))
         # the quantiser counts codebooks by bandwidth: 10 bits x 75 frames a second each
-        bandwidth = (n_q or self.n_q) * FRAME_RATE * 10 / 1000
+        bandwidth = self.check_n_q(n_q) * FRAME_RATE * 10 / 1000
         return self.model.quantizer.encode(embedding, FRAME_RATE, bandwidth)[:, 0]
 
     @torch.inference_mode()

@@ -144,8 +144,9 @@ class SpeechCodec(nn.Module, Codec):
         """See :meth:`Codec.encode`. Memory is bounded by ``chunk_seconds``; the codes do not depend on it.
 
         Raises:
-            InputError: a codebook asked for has not been trained.
+            InputError: a codebook asked for does not exist or has not been trained.
         """
+        n_q = self.check_n_q(n_q)
         part = (
             self.semantic.quantizer if n_q == 1 else nn.ModuleList([self.semantic.quantizer, self.acoustic.quantizer])
         )
@@ -158,7 +159,7 @@ class SpeechCodec(nn.Module, Codec):
         pieces = []
         for start in range(0, frames, step):
             left, right = max(0, start - reach), min(frames, start + step + reach)
-            codes = self._encode_piece(wav[:, left * self.hop_length : right * self.hop_length], n_q or self.n_q)
+            codes = self._encode_piece(wav[:, left * self.hop_length : right * self.hop_length], n_q)
             pieces.append(codes[:, start - left : min(frames, start + step) - left])
         return torch.cat(pieces, dim=1)
 
