@@ -76,6 +76,11 @@ def labels(rendered: Rendered) -> Tensor:
     return rendered.ids.masked_fill(~rendered.loss_mask, IGNORE_INDEX)
 
 
+def next_ids(labels: Tensor) -> Tensor:
+    """Labels [batch, seq] to what positions [batch, seq - 1] should predict: the one place where the shift happens."""
+    return labels[:, 1:]
+
+
 def collate(sequences: Sequence[Rendered], pad_id: int, max_len: int | None = None) -> Batch:
     """Pad to the longest sequence, on the right.
 

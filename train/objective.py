@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from speechllm.data.mixture import TrainingBatch
-from speechllm.prompt import IGNORE_INDEX
+from speechllm.prompt import IGNORE_INDEX, next_ids
 
 
 class Objective(nn.Module):
@@ -39,7 +39,7 @@ class Objective(nn.Module):
             output_hidden_states=True,
             **({"output_router_logits": True} if router else {}),
         )
-        target = labels[:, 1:]  # the one place where labels are shifted
+        target = next_ids(labels)
         scored = target != IGNORE_INDEX
         # only answers are scored, so only they pay for the softmax over the vocabulary
         logits = self.lm.get_output_embeddings()(output.last_hidden_state[:, :-1][scored])
@@ -64,7 +64,8 @@ class Objective(nn.Module):
         kept = [row[mask] for row, mask in zip(hidden, batch.audio_mask, strict=True)]
         log_probs = self.ctc_head(pad_sequence(kept)).float().log_softmax(-1)  # [audio, B, text_size + 1]
         lengths = torch.tensor([len(row) for row in kept], device=hidden.device)
-        loss = F.ctc_loss(
-            log_probs, batch.transcripts + 1, lengths, batch.transcript_lengths, reduction="sum", zero_infinity=True
+        losses = F.ctc_loss(
+            log_probs, batch.transcripts + 1, lengths, batch.transcript_lengths, reduction="none", zero_infinity=True
         )
-        return loss / batch.transcript_lengths.sum().clamp_min(1)
+        known = batch.transcript_lengths > 0  # an unknown transcript must not teach that nothing was said
+        return losses[known].sum() / batch.transcript_lengths.sum().clamp_min(1)

@@ -41,7 +41,7 @@ class Pretraining(Settings):
     ctc_layer: int = Field(3, ge=1, description="layer whose states the CTC head reads; at most num_layers")
     aux_weight: float = Field(0.01, ge=0, description="of the experts' load-balancing loss")
 
-    grad_accum_steps: int = Field(1, ge=1)
+    grad_accum_steps: int = Field(1, ge=1, description="micro batches in an update; ``steps`` counts micro batches")
     zero_stage: int = Field(0, ge=0, le=2)
     log_every: int = Field(20, ge=1)
     evaluate_every: int = Field(500, ge=1)

@@ -18,7 +18,7 @@ from speechllm.data.encoded import read_encoded
 from speechllm.data.mixture import Mixture
 from speechllm.generate import generate
 from speechllm.metrics import bleu, wer
-from speechllm.prompt import IGNORE_INDEX, Example, answer_text, collate, render
+from speechllm.prompt import IGNORE_INDEX, Example, answer_text, collate, next_ids, render
 from speechllm.tasks import TASKS
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
@@ -91,7 +91,7 @@ class Validation:
         """Summed loss over the answers' ids, and their number."""
         batch = collate([render(e, self.vocabulary, self.text) for e in examples], self.vocabulary.pad)
         logits = lm(input_ids=batch.input_ids.to(lm.device)).logits[:, :-1].float().cpu()
-        target = batch.labels[:, 1:]
+        target = next_ids(batch.labels)
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
         return loss, (target != IGNORE_INDEX).sum().float()
 
