@@ -47,6 +47,16 @@ def require_engine(program: str) -> None:
         pytest.skip(f"{program} is not installed")
 
 
+def filled(codec: SpeechCodec) -> SpeechCodec:
+    """The codec with random values in its codebooks, as if trained: one without them refuses to encode."""
+    for name, buffer in codec.named_buffers():
+        if name.endswith("embed"):
+            buffer.copy_(torch.nn.functional.normalize(torch.randn_like(buffer), dim=-1))
+        elif name.endswith("initted"):
+            buffer.fill_(True)
+    return codec.eval()
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder with random weights: 16 kHz codec, clips of up to 8 s, answers of up to 6 pieces."""
@@ -59,13 +69,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocabulary = Vocabulary(text_size=text.size, n_q=1, card=config.card)
     sizes = ModelConfig(hidden_size=32, num_layers=2, expert_size=32, num_experts=4, max_positions=512)
     folder = tmp_path_factory.mktemp("checkpoint")
-    codec = SpeechCodec(config)
-    for name, buffer in codec.named_buffers():  # without values k-means would fill the codebooks, anew in every process
-        if name.endswith("embed"):
-            buffer.copy_(torch.nn.functional.normalize(torch.randn_like(buffer), dim=-1))
-        elif name.endswith("initted"):
-            buffer.fill_(True)
-    save_codec(codec, folder / "codec")
+    save_codec(filled(SpeechCodec(config)), folder / "codec")
     save_checkpoint(
         folder / "tiny",
         make_model(sizes, vocabulary.size, vocabulary.pad, vocabulary.end),

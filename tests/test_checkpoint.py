@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import filled
 from safetensors.torch import load_file, save_file
 
 import speechllm.checkpoint
@@ -29,23 +30,12 @@ SIZES = ModelConfig(hidden_size=32, num_layers=2, expert_size=32, num_experts=4,
 NAMES: dict[str, Any] = {"name": "tiny", "max_audio_seconds": 8.0, "max_answer_tokens": 6}
 
 
-def make_codec(config: SpeechCodecConfig = CODEC) -> SpeechCodec:
-    """A codec whose codebooks hold values, as after training."""
-    codec = SpeechCodec(config)
-    for name, buffer in codec.named_buffers():
-        if name.endswith("embed"):
-            buffer.copy_(torch.nn.functional.normalize(torch.randn_like(buffer), dim=-1))
-        if name.endswith("initted"):
-            buffer.fill_(True)
-    return codec.eval()
-
-
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """What is saved, before it was."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("parts")
-    codec, lm = make_codec(), make_model(SIZES, VOCABULARY.size, VOCABULARY.pad, VOCABULARY.end).eval()
+    codec, lm = filled(SpeechCodec(CODEC)), make_model(SIZES, VOCABULARY.size, VOCABULARY.pad, VOCABULARY.end).eval()
     save_codec(codec, folder / "codec")
     save_checkpoint(folder / "checkpoint", lm, folder / "codec", TEXT, VOCABULARY, **NAMES)
     settings = load_checkpoint(folder / "checkpoint").settings
@@ -81,7 +71,7 @@ def test_round_trip(parts: Checkpoint, folder: Path) -> None:
 
 def test_the_lm_sees_no_more_codebooks_than_its_vocabulary_has(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    codec, words = make_codec(), Vocabulary(TEXT.size, n_q=1, card=16, merge_repeats=True)
+    codec, words = filled(SpeechCodec(CODEC)), Vocabulary(TEXT.size, n_q=1, card=16, merge_repeats=True)
     save_codec(codec, tmp_path / "codec")
     lm = make_model(SIZES, words.size, words.pad, words.end)
     save_checkpoint(tmp_path / "checkpoint", lm, tmp_path / "codec", TEXT, words, **NAMES)
@@ -175,8 +165,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "codec weights cut": (lambda f: cut(f / "codec" / "model.safetensors"), r"codec/model\.safetensors: damaged"),
     "codec card": (
-        lambda f: save_codec(make_codec(CODEC.model_copy(update={"card": 32})), f / "codec"),
+        lambda f: save_codec(filled(SpeechCodec(CODEC.model_copy(update={"card": 32}))), f / "codec"),
         r"checkpoint: .* the codec has 32 codes, the vocabulary 16",
+    ),
+    "another codec": (
+        lambda f: save_codec(filled(SpeechCodec(CODEC)), f / "codec"),
+        r"checkpoint: .* codec is not the codec whose codes it was trained on",
     ),
     "semantic codec": (
         lambda f: rewrite(f / "speechllm.json", **settings_of(Vocabulary(TEXT.size, n_q=3, card=16))),

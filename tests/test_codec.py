@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import filled
 
 from speechllm.codec import Codec, EncodecCodec, EncodecConfig, SpeechCodec, SpeechCodecConfig, load_codec, save_codec
 from speechllm.errors import InputError
@@ -11,21 +12,10 @@ TINY = SpeechCodecConfig(
 )
 
 
-def randomize(codec: SpeechCodec) -> SpeechCodec:
-    """Codebooks with values in them: k-means would fill them at the first training step."""
-    torch.manual_seed(0)
-    for name, buffer in codec.named_buffers():
-        if name.endswith("embed"):
-            buffer.copy_(torch.nn.functional.normalize(torch.randn_like(buffer), dim=-1))
-        if name.endswith("initted"):
-            buffer.fill_(True)
-    return codec.eval()
-
-
 @pytest.fixture(scope="module")
 def codec() -> SpeechCodec:
     torch.manual_seed(0)
-    return randomize(SpeechCodec(TINY))
+    return filled(SpeechCodec(TINY))
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +89,15 @@ def test_bad_folders(codec: SpeechCodec, tmp_path) -> None:
 def test_encodec_names_the_way_out_when_weights_are_missing(tmp_path) -> None:
     with pytest.raises(InputError, match="name its folder as the repository"):
         EncodecCodec.pretrained(EncodecConfig(), tmp_path)
+
+
+def test_untrained_codebooks_are_refused() -> None:
+    with pytest.raises(InputError, match="not trained"):
+        SpeechCodec(TINY).eval().encode(noise(1, 16000))
+
+
+@pytest.mark.parametrize("n_q", [0, 5])
+def test_codebooks_that_are_not_there_are_refused(codec: SpeechCodec, encodec: EncodecCodec, n_q: int) -> None:
+    for each in (codec, encodec):
+        with pytest.raises(InputError, match=f"n_q = {n_q}: this codec has 1 to 4 codebooks"):
+            each.encode(noise(1, each.sample_rate), n_q=n_q)

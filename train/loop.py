@@ -55,7 +55,7 @@ class Loop:
         self.step = 0
         if self.state_path.exists():
             if not resume:
-                raise InputError(f"{self.folder}: holds a run already: add --resume to go on, or give another --out")
+                raise InputError(f"{self.folder}: holds a run already: add --resume to go on, or set another 'out'")
             state = torch.load(self.state_path, weights_only=True)
             module.load_state_dict(state["module"])
             optimizer.load_state_dict(state["optimizer"])
