@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from serve.codes import app as codes_app
 from speechllm import __version__
 from speechllm.errors import InputError
 
@@ -50,6 +51,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_show_locals=False,
 )
+app.add_typer(codes_app)
 
 
 def _print_version(wanted: bool) -> None:

@@ -8,7 +8,17 @@ from speechllm.codec import Codec, EncodecCodec, EncodecConfig, SpeechCodec, Spe
 from speechllm.errors import InputError
 
 TINY = SpeechCodecConfig(
-    card=16, dim=16, depth=2, kernel=5, code_dim=4, acoustic_dim=16, acoustic_depth=1, decoder_dim=16, decoder_depth=1
+    card=16,
+    n_acoustic=3,
+    dim=16,
+    depth=2,
+    kernel=5,
+    code_dim=4,
+    acoustic_dim=16,
+    acoustic_depth=1,
+    acoustic_code_dim=8,
+    decoder_dim=16,
+    decoder_depth=1,
 )
 
 
@@ -47,10 +57,20 @@ def test_codes_vary(codec: SpeechCodec) -> None:
     assert len(codec.encode(noise(4, 16000))[0].unique()) > 3
 
 
+def test_codebook_0_does_not_hear_the_volume(codec: SpeechCodec) -> None:
+    wav = noise(4, 16000) * torch.linspace(0.02, 1, 64000)
+    codes = codec.encode(wav, n_q=1)
+    for decibels in (-20, -1, 1, 12):
+        assert (codec.encode(wav * 10 ** (decibels / 20), n_q=1) == codes).float().mean() > 0.98  # all but rounding
+
+
 @pytest.mark.parametrize("chunk_seconds", [0.04, 0.5, 1.7])
-def test_chunk_size_changes_no_code(codec: SpeechCodec, chunk_seconds: float) -> None:
+def test_chunk_size_changes_neither_codes_nor_sound(codec: SpeechCodec, chunk_seconds: float) -> None:
     wav = noise(5.37, codec.sample_rate)
-    assert torch.equal(codec.encode(wav, chunk_seconds=chunk_seconds), codec.encode(wav))
+    codes = codec.encode(wav)
+    assert torch.equal(codec.encode(wav, chunk_seconds=chunk_seconds), codes)
+    whole = codec.decode(codes)
+    assert torch.allclose(codec.decode(codes, chunk_seconds=chunk_seconds), whole, atol=1e-4 * float(whole.abs().max()))
 
 
 def test_folder_round_trip(codec: SpeechCodec, tmp_path) -> None:

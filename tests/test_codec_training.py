@@ -19,9 +19,9 @@ from speechllm.data.corpus import read_corpus
 from speechllm.data.phonemes import phonemes
 from speechllm.errors import InputError
 from train import codec as train_codec
-from train.codec_acoustic import crops, spectral_loss
 from train.codec_data import CtcBatch, CtcData, phoneme_inventory, transcribable
 from train.codec_semantic import ctc, forward, greedy
+from train.codec_waveform import crops
 from train.log import read_metrics
 from train.loop import Loop, cosine
 
@@ -51,7 +51,7 @@ def test_augmentation_follows_from_its_random_state_alone(change: Any, feature: 
         torch.manual_seed(999)  # whoever else draws numbers meanwhile
         assert torch.equal(change(feature, Random(seed)), made)
         assert made.shape[1] == 32
-        assert 0.8 * 150 <= len(made) <= 1.2 * 150
+        assert 0.8 * 150 <= len(made) <= 1.26 * 150
         assert made.isfinite().all()
         assert (unscale_log(made).exp() > 0.9 * FLOOR).all()
         lengths.add(len(made))
@@ -140,6 +140,27 @@ def test_targets_and_batches(corpus: Path) -> None:
     assert (mute.targets.dtype, mute.target_lengths.tolist()) == (torch.int64, [0])
 
 
+def test_a_share_of_the_clips_is_perturbed_and_each_stays_so(corpus: Path) -> None:
+    items, mel = read_corpus([corpus / "manifest.jsonl"], "train"), LogMel(16000, 16)
+    clean, some, all_of_them = (CtcData(items, ("a",), mel, 16000, share) for share in (0.0, 0.5, 1.0))
+    changed = [
+        [not torch.equal(data.wav(i), clean.wav(i)) for i in range(len(items))] for data in (clean, some, all_of_them)
+    ]
+    assert not any(changed[0])
+    assert 0 < sum(changed[1]) < len(items)
+    assert all(changed[2])
+    assert torch.equal(all_of_them.wav(1), all_of_them.wav(1))
+
+
+def test_repeating_a_source_that_is_not_there_is_refused(codec_settings: dict[str, Any], tmp_path: Path) -> None:
+    config = write_yaml(tmp_path / "codec.yaml", codec_settings | {"out": tmp_path / "run", "repeat": {"radio": 2}})
+    app = Typer()
+    app.command()(train_codec.main)
+    result = CliRunner().invoke(app, ["--config", str(config)])
+    assert result.exit_code == 2
+    assert "repeat: no clips with a transcript come from radio" in result.output
+
+
 def test_crops_are_stretches_of_the_clips(corpus: Path) -> None:
     items = read_corpus([corpus / "manifest.jsonl"], "train")[:2]
     wavs = [item.wav(16000)[0] for item in items]
@@ -153,13 +174,6 @@ def test_crops_are_stretches_of_the_clips(corpus: Path) -> None:
     long = crops(items, 200000, 2, 16000, Random(0))
     assert long.shape == (2, 200000)
     assert not long[:, -1000:].any()
-
-
-def test_spectral_loss_is_zero_for_the_same_and_grows_with_the_difference() -> None:
-    wav, noise = 0.1 * torch.randn(2, 8000), torch.randn(2, 8000)
-    losses = [spectral_loss(wav + scale * noise, wav).item() for scale in (0.0, 0.01, 0.1)]
-    assert losses[0] == 0
-    assert losses[0] < losses[1] < losses[2]
 
 
 def test_cosine_schedule() -> None:
@@ -200,7 +214,7 @@ def test_the_acoustic_stage_leaves_codebook_0_alone(codec_run: Path) -> None:
     assert all(torch.equal(value, kept[f"semantic.{name}"]) for name, value in state.items())
 
 
-@pytest.mark.parametrize(("stage", "step"), [("semantic", 9), ("semantic", 31), ("acoustic", 7)])
+@pytest.mark.parametrize(("stage", "step"), [("semantic", 9), ("semantic", 31), ("acoustic", 7), ("acoustic", 16)])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     stage: str,
     step: int,
@@ -209,7 +223,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """SIGTERM arrives within ``step``; before the quantiser is on (9) and after (31)."""
+    """SIGTERM arrives within ``step``; before quantiser (9) or discriminator (7) is on, and after (31, 16)."""
     out = tmp_path / "run"
     config = write_yaml(tmp_path / "codec.yaml", codec_settings | {"out": out})
     app = Typer()

@@ -53,10 +53,13 @@ def test_no_person_is_in_two_splits_and_names_are_unique() -> None:
     assert BY_NAME["flite-kal16"].person == BY_NAME["festival-kal"].person
 
 
-def test_every_split_has_voices_and_train_shares_sum_to_one() -> None:
+def test_every_split_of_every_language_has_voices_and_none_is_most_of_it() -> None:
     assert {voice.name for voice in voices("test")} == {"rhvoice-clb", "rhvoice-bdl"}
     assert {voice.name for voice in voices("dev")} == {"festival-ked", "pico-en-gb"}
-    assert sum(voice.share for voice in voices("train")) == pytest.approx(1.0)
+    for language in ("en", "de", "fr"):
+        shares = [voice.share for voice in voices("train", language)]
+        assert min(shares) > 0 and max(shares) < sum(shares) / 2
+        assert voices("dev", language) and voices("test", language)
     assert voices("train", "cs") == []
 
 
@@ -65,6 +68,8 @@ def test_every_split_has_voices_and_train_shares_sum_to_one() -> None:
     [
         ("flite-slt", "flite"),
         ("espeak-f2", "espeak-ng"),
+        ("espeak-de-m2", "espeak-ng"),
+        ("mbrola-de2-en", "mbrola"),
         ("festival-ked", "text2wave"),
         ("pico-en-us", "pico2wave"),
         ("rhvoice-alan", "RHVoice-test"),
@@ -95,12 +100,16 @@ def test_pitch_follows(name: str, program: str) -> None:
 
 
 def test_missing_engine_or_voice_names_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for program in ("RHVoice-test", "text2wave"):
+    for program in ("RHVoice-test", "text2wave", "espeak-ng"):
         (tmp_path / program).touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match="apt-get install flite"):
         speak("hello", BY_NAME["flite-slt"])
-    for engine, package in (("rhvoice", "rhvoice-english"), ("festival", "festvox-kallpc16k")):
+    for engine, package in (
+        ("rhvoice", "rhvoice-english"),
+        ("festival", "festvox-kallpc16k"),
+        ("mbrola", "mbrola mbrola-such"),
+    ):
         with pytest.raises(InputError, match=f"no-such-voice: apt-get install {package}"):
             speak("hello", Voice("x", engine, "no-such-voice", "x", "en", "male", "train", 1.0))  # type: ignore[arg-type]
 
@@ -152,7 +161,9 @@ def test_utterance_follows_from_seed_and_index(tmp_path: Path) -> None:
     items = tuple(Caption(f"c{n}", text, {"de": f"Satz {n}"}) for n, text in enumerate(CAPTIONS))
     made = []
     for folder in ("one", "two"):
-        plan = Plan("set", tmp_path / folder, "captions.jsonl.gz", items, "train", 0.5, 7, None, ("flite", "espeak"))
+        plan = Plan(
+            "set", tmp_path / folder, "captions.jsonl.gz", items, "en", "train", 0.5, 7, None, ("flite", "espeak")
+        )
         made.append([make(plan, index).utterance for index in range(8)])
     assert made[0] == made[1]
     assert None not in made[0]
@@ -210,8 +221,25 @@ def test_command_reports_bad_input_without_a_traceback(tmp_path: Path, captions:
     assert "--split" in output
 
 
+def test_captions_are_spoken_in_the_language_asked_for(tmp_path: Path, captions: Path) -> None:
+    require_engine("espeak-ng")
+    command_line = ("--text", str(captions), "--engine", "espeak", "--jobs", "1", "--count", "2", "--out")
+    assert command(*command_line, str(tmp_path / "de"), "--language", "de")[0] == 0
+    for utterance in read_manifest(tmp_path / "de" / "manifest.jsonl"):
+        number = str(utterance.labels["caption_id"])[1:]
+        assert (utterance.language, utterance.text) == ("de", f"Satz {number}")
+        assert utterance.translations == {"en": CAPTIONS[int(number)]}
+        assert BY_NAME[str(utterance.speaker)].language == "de"
+    code, output = command(*command_line, str(tmp_path / "fr"), "--language", "fr")
+    assert code == 2
+    assert "no caption in fr" in output
+    code, output = command("--text", "digits", "--language", "de", "--count", "1", "--out", str(tmp_path / "d"))
+    assert code == 2
+    assert "spoken in English only" in output
+
+
 def test_nonspeech_has_an_empty_text_and_no_speaker(tmp_path: Path) -> None:
-    plan = Plan("quiet", tmp_path, "nonspeech", (), "train", 0.0, 3, None)
+    plan = Plan("quiet", tmp_path, "nonspeech", (), "en", "train", 0.0, 3, None)
     for index in range(12):
         utterance = make(plan, index).utterance
         assert utterance is not None and utterance.text == "" and utterance.speaker is None

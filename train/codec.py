@@ -8,13 +8,15 @@ from typing import Annotated
 
 import torch
 import typer
+from pydantic import Field
 
 from speechllm.codec import SpeechCodec, SpeechCodecConfig, load_codec, save_codec
 from speechllm.data.corpus import read_corpus
 from speechllm.errors import InputError
-from train.codec_acoustic import AcousticSettings, train_acoustic
+from train.codec_acoustic import train_acoustic
 from train.codec_data import CtcData, phoneme_inventory, transcribable
 from train.codec_semantic import SemanticSettings, train_semantic
+from train.codec_waveform import WaveformSettings
 from train.config import Settings, read_config
 from train.loop import Interrupted
 
@@ -26,9 +28,10 @@ class CodecTraining(Settings):
     seed: int = 0
     manifests: list[Path]
     dev_manifests: list[Path]
+    repeat: dict[str, int] = Field({}, description="how often the clips of a source are listed; once unless given")
     codec: SpeechCodecConfig = SpeechCodecConfig()
     semantic: SemanticSettings
-    acoustic: AcousticSettings
+    acoustic: WaveformSettings
 
 
 def acoustic_stage(config: CodecTraining, resume: bool) -> None:
@@ -49,7 +52,10 @@ class Stage(str, Enum):
 
 
 def semantic_stage(config: CodecTraining, resume: bool) -> None:
-    train_items = transcribable(read_corpus(config.manifests, "train"))
+    clips = transcribable(read_corpus(config.manifests, "train"))
+    if unknown := set(config.repeat) - {item.utterance.source for item in clips}:
+        raise InputError(f"repeat: no clips with a transcript come from {', '.join(sorted(unknown))}")
+    train_items = [item for item in clips for _ in range(config.repeat.get(item.utterance.source, 1))]
     dev_items = transcribable(read_corpus(config.dev_manifests, "dev"))
     started = config.out / "semantic" / "codec"
     if started.exists() and not resume:
@@ -63,7 +69,7 @@ def semantic_stage(config: CodecTraining, resume: bool) -> None:
         codec = SpeechCodec(config.codec.model_copy(update={"phonemes": inventory}))
         save_codec(codec, started)
     inventory, rate = codec.config.phonemes, codec.sample_rate
-    train = CtcData(train_items, inventory, codec.mel, rate)
+    train = CtcData(train_items, inventory, codec.mel, rate, config.semantic.perturbed)
     dev = CtcData(dev_items, inventory, codec.mel, rate)
     train_semantic(codec, train, dev, config.semantic, config.out, config.seed, resume)
     save_codec(codec, config.out / "codec")

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from speechllm.codec.layers import MEL_HOP, Downsample, LogMel
 from speechllm.data.augment import augment
 from speechllm.data.corpus import Item
+from speechllm.data.perturb import babble, room, round_trip
 from speechllm.data.phonemes import VOICES, phonemes
 from speechllm.errors import InputError
 
@@ -55,10 +56,15 @@ def phoneme_inventory(items: list[Item], least: int = 20) -> tuple[str, ...]:
 
 
 class CtcData:
-    """Features and phoneme ids of a corpus; features are computed when first asked for and kept as float16."""
+    """Features and phoneme ids of a corpus; features are computed when first asked for and kept as float16.
 
-    def __init__(self, items: list[Item], inventory: tuple[str, ...], mel: LogMel, sample_rate: int):
-        self.items, self.mel, self.sample_rate = items, mel, sample_rate
+    A share of the clips is ``perturbed`` once, in ways that cannot be had on features: rooms, babble, MP3 and Opus.
+    """
+
+    def __init__(
+        self, items: list[Item], inventory: tuple[str, ...], mel: LogMel, sample_rate: int, perturbed: float = 0.0
+    ):
+        self.items, self.mel, self.sample_rate, self.perturbed = items, mel, sample_rate, perturbed
         index = {p: i + 1 for i, p in enumerate(inventory)}
         self.targets = [
             torch.tensor(
@@ -72,11 +78,20 @@ class CtcData:
     def feature(self, index: int) -> Tensor:
         """Log-mel ``[columns, n_mels]`` of item ``index``."""
         if index not in self._features:
-            wav = self.items[index].wav(self.sample_rate)
+            wav = self.wav(index)
             wav = F.pad(wav, (0, -wav.shape[-1] % (MEL_HOP * Downsample.FACTOR)))
             with torch.inference_mode():
                 self._features[index] = self.mel(wav)[0].half()
         return self._features[index].float()
+
+    def wav(self, index: int) -> Tensor:
+        """The clip ``[1, samples]``, perturbed or not."""
+        wav, rng = self.items[index].wav(self.sample_rate), Random(f"{self.items[index].utterance.id} {index}")
+        if rng.random() >= self.perturbed:
+            return wav
+        if rng.random() < 1 / 3:
+            return babble(wav, lambda: rng.choice(self.items).wav(self.sample_rate), rng)
+        return rng.choice((room, round_trip))(wav, self.sample_rate, rng)
 
     def batch(self, indices: list[int], rng: Random | None) -> CtcBatch:
         """Clips ``indices`` padded to one length; augmented when ``rng`` is given."""

@@ -30,6 +30,7 @@ class SemanticSettings(Settings):
     max_clips: int = Field(64, ge=1)
     short_first: int = Field(800, ge=0, description="steps over which clips of growing length come in")
     weight_decay: float = Field(0.02, ge=0)
+    perturbed: float = Field(0.3, ge=0, le=1, description="share of the clips put into a room, a crowd or an MP3")
     evaluate_every: int = Field(500, gt=0)
 
 

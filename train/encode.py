@@ -11,15 +11,13 @@ from random import Random
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 import typer
 from datasets import Dataset, Features, Sequence, Value
-from torch import Tensor
 
-from speechllm.audio import resample
 from speechllm.codec import Codec, load_codec
 from speechllm.data.corpus import Item, read_corpus
 from speechllm.data.encoded import INFO
+from speechllm.data.perturb import vary
 from speechllm.errors import InputError
 from train.loop import progress_bar
 
@@ -39,17 +37,6 @@ FEATURES = Features(
         "codes": Sequence(Value("int16")),
     }
 )
-
-
-def vary(wav: Tensor, sample_rate: int, rng: Random) -> Tensor:
-    """``wav [1, samples]`` as if from another speaker, microphone and place: speed with pitch, tilt, level, noise."""
-    wav = resample(wav, sample_rate, round(sample_rate / rng.uniform(0.82, 1.22) / 100) * 100)
-    wav = wav - rng.uniform(-0.4, 0.7) * F.pad(wav, (1, -1))  # first-order filter: duller or brighter
-    generator = torch.Generator().manual_seed(rng.getrandbits(62))
-    if rng.random() < 0.5:
-        noise = torch.randn(wav.shape, generator=generator) * wav.square().mean().sqrt()
-        wav = wav + noise * 10 ** (-rng.uniform(12, 35) / 20)
-    return wav * (10 ** (rng.uniform(-32, -14) / 20) / wav.square().mean().sqrt().clamp_min(1e-6))
 
 
 def encode_row(codec: Codec, item: Item, n_q: int, copy: int) -> dict:
@@ -124,7 +111,7 @@ def main(
     copies: Annotated[
         int,
         typer.Option(
-            help="versions of each train utterance; all but the first varied in speed, tone, level and noise", min=1
+            help="versions of each train utterance; all but the first as from other speakers and places", min=1
         ),
     ] = 1,
     jobs: Annotated[int, typer.Option(help="processes", min=1)] = 2,

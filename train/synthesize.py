@@ -28,7 +28,6 @@ from speechllm.errors import InputError
 from train.loop import progress_bar
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-LANGUAGE = "en"
 RATES, PITCHES = (0.85, 1.2), (0.9, 1.1)  # factors
 LEVELS_DB = (-30.0, -12.0)  # dBFS, rms of the speech
 CLEAN_LEVEL_DB = -23.0  # of dev and test
@@ -48,6 +47,7 @@ class Plan:
     out: Path
     text: str
     captions: tuple[Caption, ...]
+    language: str
     split: Split
     fragments: float
     seed: int
@@ -55,7 +55,7 @@ class Plan:
     engines: tuple[str, ...] = get_args(Engine)
 
     def voices(self) -> list[Voice]:
-        return [voice for voice in voices(self.split, LANGUAGE) if voice.engine in self.engines]
+        return [voice for voice in voices(self.split, self.language) if voice.engine in self.engines]
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,8 @@ def make(plan: Plan, index: int) -> Outcome:
     if plan.captions:
         turn, place = divmod(index, len(plan.captions))
         caption = plan.captions[_order(len(plan.captions), plan.seed, turn)[place]]
-        text, translations = " ".join(caption.text.split()), caption.translations
+        translations = {"en": caption.text, **caption.translations}
+        text = " ".join(translations.pop(plan.language).split())
         labels["caption_id"] = caption.id
         if rng.random() < plan.fragments:
             fragment = fragment_of(text, rng)
@@ -186,7 +187,7 @@ def make(plan: Plan, index: int) -> Outcome:
     except EngineError as error:
         return Outcome(None, f"utterance {index}: {error}")
     wav = room_for(speech, level_db, snr_db, plan.noise, rng)
-    known = {"speaker": voice.name, "gender": voice.gender, "language": LANGUAGE}
+    known = {"speaker": voice.name, "gender": voice.gender, "language": plan.language}
     return Outcome(_write(plan, index, wav, text=text, translations=translations, labels=labels, **known))
 
 
@@ -230,7 +231,10 @@ def indices_done(manifest: Path) -> set[int]:
 def synthesize(plan: Plan, count: int, jobs: int, console: Console) -> Counter[str]:
     """Make what is missing of utterances 0 ... count - 1, in order; counts of 'made', 'kept' and 'failed'."""
     if plan.text != "nonspeech" and not plan.voices():
-        raise InputError(f"--engine {' '.join(plan.engines)}: none of these has a voice for --split {plan.split}")
+        raise InputError(
+            f"--engine {' '.join(plan.engines)}: none of these has a voice for --split {plan.split} "
+            f"--language {plan.language}"
+        )
     for voice in plan.voices() if plan.text != "nonspeech" else ():
         require_voice(voice)
     if plan.noise is not None:
@@ -264,6 +268,7 @@ def main(
     ],
     out: Annotated[Path, typer.Option(help="Folder for audio/ and manifest.jsonl; an earlier run there is continued")],
     count: Annotated[int, typer.Option(min=1, help="Number of utterances")],
+    language: Annotated[str, typer.Option(help="Of the captions that are spoken: en, de or fr")] = "en",
     split: Annotated[Split, typer.Option(help="Whose voices speak")] = "train",
     fragments: Annotated[float, typer.Option(min=0, max=1, help="Share that speaks only 1-4 words of a caption")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="The corpus follows from it")] = 1,
@@ -278,7 +283,13 @@ def main(
         if unknown := set(engines) - set(get_args(Engine)):
             raise InputError(f"--engine {' '.join(sorted(unknown))}: give any of {', '.join(get_args(Engine))}")
         captions = () if text in ("digits", "nonspeech") else tuple(read_captions(text))
-        plan = Plan(out.resolve().name, out, text, captions, split, fragments, seed, noise, engines)
+        if language != "en":
+            if not captions:
+                raise InputError(f"--language {language}: {text} are spoken in English only")
+            captions = tuple(caption for caption in captions if language in caption.translations)
+            if not captions:
+                raise InputError(f"{text}: no caption in {language}")
+        plan = Plan(out.resolve().name, out, text, captions, language, split, fragments, seed, noise, engines)
         tally = synthesize(plan, count, jobs, console)
     except InputError as error:
         typer.echo(f"error: {error}", err=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +11,10 @@ from torch import Tensor, nn
 from speechllm._torchaudio import import_torchaudio
 
 N_FFT, WIN_LENGTH, MEL_HOP = 512, 400, 160
-FLOOR = 1e-4  # of the mel power; about -70 dBFS for white noise
+FLOOR = 1e-6  # of the mel power; about -90 dBFS for white noise
+LEVEL_FLOOR = 1e-3  # of the mel power, about -60 dBFS: below it a clip counts as silent and is not turned up
+LEVEL_REACH = 100  # columns on either side among which the loudest sets the level
+RANGE = 11.5  # natural log of the power ratio (50 dB) that is kept below the level
 
 
 class LogMel(nn.Module):
@@ -35,6 +40,18 @@ def scale_log(log_power: Tensor) -> Tensor:
 def unscale_log(feature: Tensor) -> Tensor:
     """Inverse of :func:`scale_log`."""
     return feature * 4.0 - 2.0
+
+
+def relative_to_level(feature: Tensor) -> Tensor:
+    """Scaled log-mel ``[B, columns, n_mels]`` with the level of the loudest moment within a second taken off.
+
+    A clip that is played louder or softer gives the same result, and what is 50 dB below that level is silence.
+    """
+    log_power = unscale_log(feature)
+    energy = log_power.logsumexp(-1).unsqueeze(1) - math.log(feature.shape[-1])  # [B, 1, columns]
+    level = F.max_pool1d(energy, 2 * LEVEL_REACH + 1, stride=1, padding=LEVEL_REACH)
+    relative = log_power - level.clamp_min(math.log(LEVEL_FLOOR)).transpose(1, 2)
+    return (relative.clamp_min(-RANGE) + 4.0) / 4.0
 
 
 class ConvBlock(nn.Module):

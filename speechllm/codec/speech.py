@@ -7,6 +7,8 @@ smaller encoder; the decoder joins both and writes the short-time spectrum of th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from vector_quantize_pytorch import ResidualVQ, VectorQuantize
 
 from speechllm.codec.base import Codec, hash_tensors
-from speechllm.codec.layers import MEL_HOP, ConvStack, Downsample, LogMel
+from speechllm.codec.layers import LEVEL_REACH, MEL_HOP, ConvStack, Downsample, LogMel, relative_to_level
 from speechllm.errors import InputError
 
 
@@ -26,7 +28,7 @@ class SpeechCodecConfig(BaseModel):
     sample_rate: int = 16000
     n_mels: int = Field(80, ge=16, multiple_of=8)
     card: int = Field(512, ge=2, description="codes in each codebook")
-    n_acoustic: int = Field(3, ge=1, description="acoustic codebooks after the semantic one")
+    n_acoustic: int = Field(7, ge=1, description="acoustic codebooks after the semantic one")
     dim: int = Field(256, ge=8)
     depth: int = Field(7, ge=1, description="blocks before the semantic quantiser")
     recognizer_depth: int = Field(2, ge=1, description="blocks between the quantiser and the CTC output")
@@ -35,6 +37,7 @@ class SpeechCodecConfig(BaseModel):
     code_dim: int = Field(32, ge=2, description="size of the space in which codes are looked up")
     acoustic_dim: int = Field(160, ge=8)
     acoustic_depth: int = Field(3, ge=1)
+    acoustic_code_dim: int = Field(64, ge=2)
     decoder_dim: int = Field(256, ge=8)
     decoder_depth: int = Field(4, ge=1)
     phonemes: tuple[str, ...] = Field((), description="CTC output symbols 1…; 0 is the blank")
@@ -63,7 +66,15 @@ class SemanticEncoder(nn.Module):
         self.output = nn.Linear(config.dim, 1 + len(config.phonemes))
 
     def hidden(self, mel: Tensor, mask: Tensor | None = None) -> Tensor:  # [B, 4 T, n_mels] -> [B, T, dim]
-        return self.norm(self.stack(self.down(mel), mask))
+        feature = relative_to_level(mel)
+        if mask is not None:  # zero beyond the clip, as the convolutions pad an unpadded one
+            feature = feature * mask.repeat_interleave(Downsample.FACTOR, dim=1)
+        return self.norm(self.stack(self.down(feature), mask))
+
+    @property
+    def reach(self) -> int:
+        """Frames of context on either side."""
+        return self.stack.reach + -(-LEVEL_REACH // Downsample.FACTOR)
 
     def recognize(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """Hidden or quantised frames ``[B, T, dim]`` to CTC log-probabilities ``[B, T, 1 + phonemes]``."""
@@ -79,13 +90,13 @@ class AcousticCoder(nn.Module):
         super().__init__()
         dim, self.hop = config.decoder_dim, MEL_HOP
         self.down = Downsample(config.n_mels, config.acoustic_dim)
+        self.known = nn.Linear(config.dim, config.acoustic_dim)
         self.stack = ConvStack(config.acoustic_dim, config.acoustic_depth, 5, config.expansion)
         self.quantizer = ResidualVQ(
             dim=config.acoustic_dim,
             num_quantizers=config.n_acoustic,
             codebook_size=config.card,
-            codebook_dim=config.code_dim,
-            use_cosine_sim=True,
+            codebook_dim=config.acoustic_code_dim,
             decay=0.99,
             kmeans_init=True,
             threshold_ema_dead_code=1,
@@ -103,8 +114,15 @@ class AcousticCoder(nn.Module):
         self.window: Tensor
         self.register_buffer("window", torch.hann_window(self.N_FFT), persistent=False)
 
-    def encode(self, mel: Tensor) -> Tensor:  # [B, 4 T, n_mels] -> [B, T, acoustic_dim]
-        return self.stack(self.down(mel))
+    @property
+    def reach(self) -> int:
+        """Frames on either side that the sound of a frame depends on."""
+        columns = self.columns.reach + self.N_FFT // self.hop
+        return self.frames.reach + -(-columns // Downsample.FACTOR)
+
+    def encode(self, mel: Tensor, semantic: Tensor) -> Tensor:
+        """Log-mel ``[B, 4 T, n_mels]`` and what codebook 0 tells, ``[B, T, dim]``, to ``[B, T, acoustic_dim]``."""
+        return self.stack(self.down(mel) + self.known(semantic))
 
     def synthesize(self, semantic: Tensor, acoustic: Tensor) -> Tensor:
         """Quantised frames ``[B, T, dim]`` and ``[B, T, acoustic_dim]`` to a waveform ``[B, T * hop_length]``."""
@@ -123,6 +141,13 @@ class AcousticCoder(nn.Module):
             center=True,
             length=frames * Downsample.FACTOR * self.hop,
         )
+
+
+def overlapping(frames: int, step: int, reach: int) -> Iterator[tuple[int, int, slice]]:
+    """Cut ``frames`` into pieces that overlap by ``reach``: first frame, end, and what of the piece to keep."""
+    for start in range(0, frames, step):
+        left, stop = max(0, start - reach), min(frames, start + step)
+        yield left, min(frames, stop + reach), slice(start - left, stop - left)
 
 
 class SpeechCodec(nn.Module, Codec):
@@ -154,26 +179,35 @@ class SpeechCodec(nn.Module, Codec):
             raise InputError("the codec's codebooks are not trained: run python -m train.codec, both stages")
         frames = -(-wav.shape[-1] // self.hop_length)
         wav = F.pad(wav, (0, frames * self.hop_length - wav.shape[-1]))
-        step = max(1, int(chunk_seconds * self.frame_rate))
-        reach = max(self.semantic.stack.reach, self.acoustic.stack.reach) + 4  # 4: mel windows and Downsample
+        reach = self.semantic.reach + self.acoustic.stack.reach + 4  # 4: mel windows and Downsample
         pieces = []
-        for start in range(0, frames, step):
-            left, right = max(0, start - reach), min(frames, start + step + reach)
+        for left, right, kept in overlapping(frames, max(1, int(chunk_seconds * self.frame_rate)), reach):
             codes = self._encode_piece(wav[:, left * self.hop_length : right * self.hop_length], n_q)
-            pieces.append(codes[:, start - left : min(frames, start + step) - left])
+            pieces.append(codes[:, kept])
         return torch.cat(pieces, dim=1)
 
     def _encode_piece(self, wav: Tensor, n_q: int) -> Tensor:  # [1, samples] -> [n_q, frames]
         mel = self.mel(wav)
-        semantic = self.semantic.quantizer(self.semantic.hidden(mel), freeze_codebook=True)[1]  # [1, frames]
+        known, semantic, _ = self.semantic.quantizer(self.semantic.hidden(mel), freeze_codebook=True)  # [1, frames]
         if n_q == 1:
             return semantic
-        acoustic = self.acoustic.quantizer(self.acoustic.encode(mel), freeze_codebook=True)[1]
+        acoustic = self.acoustic.quantizer(self.acoustic.encode(mel, known), freeze_codebook=True)[1]
         return torch.cat([semantic.unsqueeze(-1), acoustic], dim=-1)[0, :, :n_q].T.contiguous()
 
     @torch.inference_mode()
-    def decode(self, codes: Tensor) -> Tensor:
-        """See :meth:`Codec.decode`. With fewer codebooks than ``n_q`` the missing detail is left out."""
+    def decode(self, codes: Tensor, chunk_seconds: float = 60.0) -> Tensor:
+        """See :meth:`Codec.decode`. With fewer codebooks than ``n_q`` the missing detail is left out.
+
+        Memory beyond the result is bounded by ``chunk_seconds``, on which the sound does not depend.
+        """
+        pieces = [torch.zeros(1, 0)]
+        step = max(1, int(chunk_seconds * self.frame_rate))
+        for left, right, kept in overlapping(codes.shape[1], step, self.acoustic.reach):
+            wav = self._decode_piece(codes[:, left:right])
+            pieces.append(wav[:, kept.start * self.hop_length : kept.stop * self.hop_length])
+        return torch.cat(pieces, dim=1)
+
+    def _decode_piece(self, codes: Tensor) -> Tensor:  # [n_q, frames] -> [1, samples]
         semantic = self.semantic.quantizer.get_output_from_indices(codes[:1])
         if codes.shape[0] > 1:
             missing = self.n_q - codes.shape[0]

@@ -20,8 +20,8 @@ DB = math.log(10.0) / 10.0  # natural log of a power ratio of 1 dB
 def warp(feature: Tensor, rng: Random) -> Tensor:
     """Other speaking rates (time axis) and vocal tract lengths (mel axis, as in VTLN, Jaitly & Hinton 2013)."""
     columns, bins = feature.shape
-    rate = rng.uniform(0.85, 1.18) if rng.random() < 0.5 else 1.0
-    tract = rng.uniform(0.86, 1.16) if rng.random() < 0.6 else 1.0
+    rate = rng.uniform(0.8, 1.25) if rng.random() < 0.5 else 1.0
+    tract = rng.uniform(0.82, 1.2) if rng.random() < 0.7 else 1.0
     if rate == tract == 1.0:
         return feature
     stretched = F.interpolate(feature[None, None], (max(4, round(columns * rate)), bins), mode="bilinear")[0, 0]

@@ -20,7 +20,7 @@ from speechllm.data.manifest import Gender, Split
 from speechllm.errors import InputError
 
 SAMPLE_RATE = 16000  # Hz
-Engine = Literal["flite", "festival", "espeak", "pico", "rhvoice"]
+Engine = Literal["flite", "festival", "espeak", "pico", "rhvoice", "mbrola"]
 
 _PROGRAMS: dict[Engine, tuple[str, str]] = {  # engine -> program, Debian package that has it
     "flite": ("flite", "flite"),
@@ -28,11 +28,13 @@ _PROGRAMS: dict[Engine, tuple[str, str]] = {  # engine -> program, Debian packag
     "espeak": ("espeak-ng", "espeak-ng"),
     "pico": ("pico2wave", "libttspico-utils"),
     "rhvoice": ("RHVoice-test", "rhvoice"),
+    "mbrola": ("espeak-ng", "espeak-ng"),
 }
-# Without these an engine would fail on every text (festival) or speak in another voice without a word (RHVoice).
+# Without these an engine would fail on every text (festival) or speak in another voice without a word (the others).
 _VOICE_DATA: dict[Engine, tuple[str, str]] = {  # engine -> folder of a voice below share/, Debian packages
     "festival": ("festival/voices/english/{}", "festvox-kallpc16k festvox-kdlpc16k"),
     "rhvoice": ("RHVoice/voices/{}", "rhvoice-english"),
+    "mbrola": ("mbrola/{}", "mbrola mbrola-{}"),
 }
 _SHARE = (Path("/usr/share"), Path("/usr/local/share"))
 _TIMEOUT = 60.0  # seconds; a sentence takes under one
@@ -50,7 +52,7 @@ class EngineError(RuntimeError):
 class Voice:
     """A synthetic voice: `name` is ours, `engine_voice` the engine's, `person` the speaker it was made from.
 
-    `share` is the weight of the voice when voices of its split and language are drawn at random.
+    `share` is the relative weight of the voice when voices of its split and language are drawn at random.
     """
 
     name: str
@@ -62,8 +64,48 @@ class Voice:
     split: Split
     share: float
 
+    @property
+    def data(self) -> str:
+        """Name of the voice's data on disk; espeak-ng calls MBROLA's `de2` speaking English `mb-de2-en`."""
+        return self.engine_voice.split("-")[1] if self.engine == "mbrola" else self.engine_voice
+
 
 _ESPEAK_VARIANTS = ("f1", "f2", "f3", "f4", "f5", "m1", "m2", "m3", "m4", "m5", "m6", "m7", "klatt2", "klatt4")
+
+_ESPEAK_OTHER: tuple[tuple[str, Gender], ...] = (
+    ("f2", "female"),
+    ("f4", "female"),
+    ("m2", "male"),
+    ("m4", "male"),
+    ("klatt2", "male"),
+)
+_MBROLA: tuple[tuple[str, str, Gender, Split, float], ...] = (  # espeak-ng's name, language, gender, split, share
+    ("mb-us1", "en", "female", "train", 0.06),
+    ("mb-us2", "en", "male", "train", 0.06),
+    ("mb-en1", "en", "male", "train", 0.06),
+    ("mb-de1-en", "en", "female", "train", 0.015),
+    ("mb-de2-en", "en", "male", "train", 0.015),
+    ("mb-fr1-en", "en", "male", "train", 0.015),
+    ("mb-fr4-en", "en", "female", "train", 0.015),
+    ("mb-nl2-en", "en", "male", "train", 0.015),
+    ("mb-gr2-en", "en", "male", "train", 0.015),
+    ("mb-sw1-en", "en", "male", "train", 0.015),
+    ("mb-hu1-en", "en", "female", "train", 0.015),
+    ("mb-pl1-en", "en", "female", "train", 0.015),
+    ("mb-de1", "de", "female", "train", 0.13),
+    ("mb-de2", "de", "male", "train", 0.13),
+    ("mb-de3", "de", "female", "train", 0.13),
+    ("mb-de6", "de", "male", "train", 0.13),
+    ("mb-de7", "de", "female", "dev", 1.0),
+    ("mb-de4", "de", "male", "test", 0.5),
+    ("mb-de5", "de", "female", "test", 0.5),
+    ("mb-fr1", "fr", "male", "train", 0.17),
+    ("mb-fr4", "fr", "female", "train", 0.17),
+    ("mb-fr6", "fr", "male", "train", 0.17),
+    ("mb-fr7", "fr", "male", "dev", 1.0),
+    ("mb-fr2", "fr", "female", "test", 0.5),
+    ("mb-fr5", "fr", "male", "test", 0.5),
+)
 
 VOICES: tuple[Voice, ...] = (
     Voice("rhvoice-slt", "rhvoice", "slt", "slt", "en", "female", "train", 0.10),
@@ -79,6 +121,14 @@ VOICES: tuple[Voice, ...] = (
         Voice(f"espeak-{v}", "espeak", f"en-us+{v}", "espeak", "en", "female" if v[0] == "f" else "male", "train", 0.01)
         for v in _ESPEAK_VARIANTS
     ),
+    *(
+        Voice(f"espeak-{lang}-{v}", "espeak", f"{lang}+{v}", "espeak", lang, gender, "train", 0.03)
+        for lang in ("de", "fr")
+        for v, gender in _ESPEAK_OTHER
+    ),
+    Voice("pico-de", "pico", "de-DE", "pico-de", "de", "female", "train", 0.33),
+    Voice("pico-fr", "pico", "fr-FR", "pico-fr", "fr", "female", "train", 0.34),
+    *(Voice(v.replace("mb-", "mbrola-"), "mbrola", v, v.split("-")[1], lang, g, s, n) for v, lang, g, s, n in _MBROLA),
     Voice("festival-kal", "festival", "kal_diphone", "kal", "en", "male", "train", 0.04),
     Voice("festival-ked", "festival", "ked_diphone", "ked", "en", "male", "dev", 0.5),
     Voice("pico-en-gb", "pico", "en-GB", "pico-en-gb", "en", "female", "dev", 0.5),
@@ -100,8 +150,10 @@ def require_voice(voice: Voice) -> str:
         raise InputError(f"speech engine {program} is not installed: apt-get install {package}")
     if voice.engine in _VOICE_DATA:
         folder, packages = _VOICE_DATA[voice.engine]
-        if not any((share / folder.format(voice.engine_voice)).is_dir() for share in _SHARE):
-            raise InputError(f"{program} has no voice {voice.engine_voice}: apt-get install {packages}")
+        if not any((share / folder.format(voice.data)).is_dir() for share in _SHARE):
+            raise InputError(
+                f"{program} has no voice {voice.engine_voice}: apt-get install {packages.format(voice.data)}"
+            )
     return path
 
 
@@ -111,7 +163,7 @@ def _command(program: str, voice: Voice, text: str, rate: float, pitch: float, o
     if voice.engine == "flite":  # f0_shift has no effect on the voice rms, whose pitch is fixed
         settings = ["--setf", f"duration_stretch={1 / rate:.4f}", "--setf", f"f0_shift={pitch:.4f}"]
         return [program, "-voice", name, *settings, "-t", text, "-o", str(out)], ""
-    if voice.engine == "espeak":
+    if voice.engine in ("espeak", "mbrola"):
         speed = str(round(_ESPEAK_WORDS_PER_MINUTE * rate))
         height = str(min(max(round(_ESPEAK_PITCH + 100 * (pitch - 1)), 0), 99))
         return [program, "-v", name, "-s", speed, "-p", height, "-w", str(out), "--stdin"], text

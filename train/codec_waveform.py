@@ -1,0 +1,107 @@
+"""Training a codec on waveforms: random crops; spectral, mel and adversarial losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from speechllm.codec.layers import LogMel
+from speechllm.data.corpus import Item
+from speechllm.data.sampling import prefetch
+from train.codec_losses import Balancer, Discriminator, mel_loss, spectral_loss
+from train.config import Settings
+from train.loop import Loop, cosine
+
+WEIGHTS = {"spectral": 1.0, "mel": 1.0, "features": 1.0, "adversarial": 0.5}
+
+Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]  # [B, samples] -> [B, samples], commitment loss
+
+
+class WaveformSettings(Settings):
+    steps: int = Field(gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup: int = Field(100, ge=1)
+    batch_clips: int = Field(16, ge=1)
+    crop_seconds: float = Field(1.28, gt=0)
+    adversarial_from: float = Field(
+        0.7, ge=0, le=1, description="share of the steps after which a discriminator takes part"
+    )
+    evaluate_every: int = Field(250, gt=0)
+
+
+def crops(items: list[Item], samples: int, count: int, rate: int, rng: Random) -> Tensor:
+    """``count`` random stretches of speech, ``[count, samples]``; short clips are padded with silence."""
+    rows = []
+    for item in rng.choices(items, k=count):
+        wav = item.wav(rate)[0]
+        start = rng.randrange(max(1, len(wav) - samples + 1))
+        row = wav[start : start + samples]
+        rows.append(F.pad(row, (0, samples - len(row))) * rng.uniform(0.5, 1.2))
+    return torch.stack(rows)
+
+
+def train_waveform(
+    name: str,
+    module: nn.Module,
+    reconstruct: Reconstruct,
+    mel: LogMel,
+    train: list[Item],
+    dev: list[Item],
+    settings: WaveformSettings,
+    samples: int,
+    rate: int,
+    out: Path,
+    seed: int,
+    resume: bool,
+) -> None:
+    """Train ``module``, which ``reconstruct`` is made of, in place, on crops of ``samples`` at ``rate`` Hz.
+
+    The state is kept in ``out/name`` and, with ``resume``, taken up from there.
+    """
+    trained = nn.ModuleDict({"codec": module, "discriminator": Discriminator(), "balancer": Balancer(WEIGHTS)})
+    discriminator, balancer = trained["discriminator"], trained["balancer"]
+    assert isinstance(balancer, Balancer)
+    optimizer = torch.optim.AdamW(trained.parameters(), settings.learning_rate, betas=(0.8, 0.99))
+    held_out = crops(dev, samples, 24, rate, Random(f"{seed} dev"))
+    switch = int(settings.adversarial_from * settings.steps)
+
+    def make(step: int) -> Tensor:
+        return crops(train, samples, settings.batch_clips, rate, Random(f"{seed} crop {step}"))
+
+    with Loop(name, out, trained, optimizer, settings.steps, resume) as loop:
+        for step, wav in zip(loop.steps(), prefetch(make, loop.range()), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * cosine(step, settings.warmup, settings.steps)
+            module.train()
+            optimizer.zero_grad(set_to_none=True)
+            made, commitment = reconstruct(wav)
+            losses = {"spectral": spectral_loss(made, wav), "mel": mel_loss(made, wav, mel)}
+            if step >= switch:
+                judged = discriminator(made, wav)
+                losses |= {"features": judged.features, "adversarial": judged.adversarial}
+                judged.discriminator.backward(inputs=list(discriminator.parameters()), retain_graph=True)
+                loop.scalars(discriminator=judged.discriminator.item())
+            balancer.backward(losses, made, commitment)
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 5.0)
+            optimizer.step()
+            loop.scalars(**{key: value.item() for key, value in losses.items()}, commitment=commitment.item())
+            if (step + 1) % settings.evaluate_every == 0 or step + 1 == settings.steps:
+                module.eval()
+                with torch.inference_mode():
+                    made, _ = reconstruct(held_out)
+                    loop.evaluation(
+                        dev_spectral=spectral_loss(made, held_out).item(), dev_mel=mel_loss(made, held_out, mel).item()
+                    )
+    loop.plot(
+        {
+            "spectral loss": ["spectral", "dev_spectral"],
+            "mel distance": ["mel", "dev_mel"],
+            "adversarial": ["features", "adversarial", "discriminator"],
+        }
+    )
