@@ -15,11 +15,12 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from speechllm.data import synthesis
+from speechllm.data.ambience import room_for
 from speechllm.data.manifest import read_manifest
 from speechllm.data.recorded import Caption
 from speechllm.data.synthesis import SAMPLE_RATE, VOICES, Voice, speak, voices
 from speechllm.errors import InputError
-from train.synthesize import DIGITS, Plan, digits_text, fragment_of, indices_done, main, make, room_for
+from train.synthesize import DIGITS, Plan, digits_text, fragment_of, indices_done, main, make
 
 BY_NAME = {voice.name: voice for voice in VOICES}
 CAPTIONS = ("A man in a red hat & scarf, waiting.", "Two dogs run.", "A boy jumps into the lake.", "She sings.")
@@ -205,6 +206,10 @@ def test_command_is_resumable(tmp_path: Path) -> None:
     assert [utterance.id for utterance in utterances] == [f"digits/{index}" for index in range(5)]
     assert all(set(str(utterance.text).split()) <= set(DIGITS) for utterance in utterances)
     assert indices_done(out / "manifest.jsonl") == set(range(5))
+    code, output = command("--text", "digits", "--seed", "4", "--out", str(out), *ENGINES, "--count", "9")
+    assert code == 2
+    assert "a corpus made with other settings is here" in output
+    assert len(read_manifest(out / "manifest.jsonl")) == 5
 
 
 def test_command_reports_bad_input_without_a_traceback(tmp_path: Path, captions: Path) -> None:

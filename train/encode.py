@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import signal
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -61,6 +62,11 @@ def encode_row(codec: Codec, item: Item, n_q: int, copy: int) -> dict:
     }
 
 
+def start_worker() -> None:
+    """Ctrl-C is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def encode_shard(number: int, items: list[Item], codec_folder: Path, n_q: int, copies: int, out: Path) -> int:
     """Write one shard, whole or not at all; returns its number of utterances."""
     torch.set_num_threads(1)
@@ -88,14 +94,14 @@ def encode_corpus(manifest: Path, codec_folder: Path, out: Path, n_q: int, copie
     ids = hashlib.sha256("\n".join(item.utterance.id for item in items).encode()).hexdigest()[:16]
     info = {"codec": codec.fingerprint(n_q), "n_q": n_q, "copies": copies, "utterances": ids}
     out.mkdir(parents=True, exist_ok=True)
-    if (out / INFO).is_file() and json.loads((out / INFO).read_text()) != info:
+    if (out / INFO).is_file() and (out / INFO).read_text(encoding="utf-8") != json.dumps(info) + "\n":
         raise InputError(f"{out}: holds another manifest, or was encoded otherwise; give another --out, or remove it")
     (out / INFO).write_text(json.dumps(info) + "\n")
     shards = {n: items[start : start + SHARD] for n, start in enumerate(range(0, len(items), SHARD))}
     done = {int(path.stem) for path in out.glob("*.parquet")}
     todo = {n: shard for n, shard in shards.items() if n not in done}
     work = partial(encode_shard, codec_folder=codec_folder, n_q=n_q, copies=copies, out=out)
-    with progress_bar() as bar, multiprocessing.get_context("spawn").Pool(jobs) as pool:
+    with progress_bar() as bar, multiprocessing.get_context("spawn").Pool(jobs, start_worker) as pool:
         task = bar.add_task(f"encode {manifest}", total=len(items))
         bar.advance(task, sum(len(shards[n]) for n in done))
         results = [pool.apply_async(work, (n, shard)) for n, shard in todo.items()]

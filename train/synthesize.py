@@ -5,6 +5,7 @@ corpus. Train utterances vary in voice, rate, pitch, level and noise; dev and te
 splits speak in turn, each its own captions.
 """
 
+import json
 import multiprocessing
 import re
 import signal
@@ -21,8 +22,9 @@ import torch
 import typer
 from rich.console import Console
 
-from speechllm.data.manifest import Split, Utterance, append, load_wav, read_manifest
-from speechllm.data.recorded import Caption, read_captions, read_recorded
+from speechllm.data.ambience import nonspeech, recorded_noise, room_for
+from speechllm.data.manifest import Split, Utterance, append, read_manifest
+from speechllm.data.recorded import Caption, read_captions
 from speechllm.data.synthesis import SAMPLE_RATE, Engine, EngineError, Voice, require_voice, speak, voices
 from speechllm.errors import InputError
 from train.loop import progress_bar
@@ -32,10 +34,8 @@ RATES, PITCHES = (0.85, 1.2), (0.9, 1.1)  # factors
 LEVELS_DB = (-30.0, -12.0)  # dBFS, rms of the speech
 CLEAN_LEVEL_DB = -23.0  # of dev and test
 NOISE_SHARE, SNRS_DB = 0.3, (10.0, 30.0)
-MAX_SILENCE = 0.3  # seconds, at each end
 MAX_FRAGMENT = 4  # words
 MAX_DIGITS = 6
-PEAK = 0.99
 REPORTED_FAILURES = 5
 
 
@@ -53,6 +53,18 @@ class Plan:
     seed: int
     noise: Path | None
     engines: tuple[str, ...] = get_args(Engine)
+
+    def settings(self) -> dict[str, Any]:
+        """What the utterances depend on, as JSON holds it."""
+        return {
+            "text": self.text,
+            "language": self.language,
+            "split": self.split,
+            "fragments": self.fragments,
+            "seed": self.seed,
+            "noise": None if self.noise is None else str(self.noise),
+            "voices": [voice.name for voice in self.voices()],
+        }
 
     def voices(self) -> list[Voice]:
         return [voice for voice in voices(self.split, self.language) if voice.engine in self.engines]
@@ -84,65 +96,6 @@ def digits_text(rng: np.random.Generator) -> str:
 def _order(count: int, seed: int, turn: int) -> np.ndarray:
     """The order of the captions [count] when they are gone through for the `turn`-th time."""
     return np.random.default_rng([seed, turn]).permutation(count)
-
-
-@cache
-def _recordings(folder: Path) -> tuple[np.ndarray, ...]:
-    """The train split of a recorded set of noises, each float32 [samples]."""
-    noises = [load_wav(item, folder, SAMPLE_RATE)[0].numpy() for item in read_recorded(folder) if item.split == "train"]
-    noises = [noise for noise in noises if np.square(noise).mean() > 1e-10]
-    if not noises:
-        raise InputError(f"{folder}: no audible noise in its train split")
-    return tuple(noises)
-
-
-def _noise(samples: int, folder: Path | None, rng: np.random.Generator) -> np.ndarray:
-    """Noise of rms 1, [samples]: a piece of a recording half of the time when there are any, else white or pink."""
-    if folder is not None and rng.random() < 0.5:
-        recordings = _recordings(folder)
-        recording = recordings[int(rng.integers(len(recordings)))]
-        noise = np.take(recording, np.arange(samples) + int(rng.integers(len(recording))), mode="wrap")
-    else:
-        noise = rng.standard_normal(samples)
-        if rng.random() < 0.5:  # pink: power falls as 1 / frequency
-            spectrum = np.fft.rfft(noise)
-            noise = np.fft.irfft(spectrum / np.sqrt(np.maximum(np.arange(len(spectrum)), 1)), samples)
-    return noise / max(np.sqrt(np.square(noise).mean()), 1e-6)
-
-
-def nonspeech(noise: Path | None, rng: np.random.Generator) -> np.ndarray:
-    """Up to 8 seconds without speech, [samples]: silence, noise, hum, or tones that come and go like a tune."""
-    samples = int(rng.uniform(0.3, 8.0) * SAMPLE_RATE)
-    seconds = np.arange(samples) / SAMPLE_RATE
-    kind = rng.random()
-    if kind < 0.5:
-        wav = _noise(samples, noise, rng)
-    elif kind < 0.65:
-        wav = sum(np.sin(2 * np.pi * 50.0 * n * seconds) / n for n in range(1, 6)) + 0.1 * rng.standard_normal(samples)
-    elif kind < 0.9:
-        notes = 220 * 2 ** (
-            rng.integers(0, 25, 1 + samples // 4000) / 12
-        )  # semitones of two octaves, a quarter second each
-        pitch = np.repeat(notes, 4000)[:samples]
-        phase = 2 * np.pi * np.cumsum(pitch) / SAMPLE_RATE
-        wav = np.sin(phase) + 0.5 * np.sin(2 * phase) + 0.02 * rng.standard_normal(samples)
-    else:
-        return rng.standard_normal(samples) * 10 ** (rng.uniform(-100, -60) / 20)
-    wav = wav / np.sqrt(np.square(wav).mean()) * 10 ** (rng.uniform(-55, -18) / 20)
-    return wav * min(1.0, PEAK / np.abs(wav).max())
-
-
-def room_for(
-    speech: np.ndarray, level_db: float, snr_db: float | None, noise: Path | None, rng: np.random.Generator
-) -> np.ndarray:
-    """`speech` [samples] at a level, with silence around it and noise over all; scaled down rather than clipped."""
-    rms = 10 ** (level_db / 20)
-    speech = speech * (rms / np.sqrt(np.square(speech).mean()))
-    before, after = (int(seconds * SAMPLE_RATE) for seconds in rng.uniform(0, MAX_SILENCE, 2))
-    wav = np.pad(speech, (before, after))
-    if snr_db is not None:
-        wav = wav + _noise(len(wav), noise, rng) * rms * 10 ** (-snr_db / 20)
-    return wav * min(1.0, PEAK / np.abs(wav).max())
 
 
 def _voice(plan: Plan, index: int, rng: np.random.Generator) -> Voice:
@@ -228,6 +181,15 @@ def indices_done(manifest: Path) -> set[int]:
     return {int(utterance.id.rpartition("/")[2]) for utterance in read_manifest(manifest)}
 
 
+def keep_settings(plan: Plan) -> None:
+    """Write what the corpus follows from beside it; InputError when the folder holds a corpus of other settings."""
+    path = plan.out / "settings.json"
+    settings = json.dumps(plan.settings(), indent=1) + "\n"
+    if path.is_file() and path.read_text(encoding="utf-8") != settings:
+        raise InputError(f"{path}: a corpus made with other settings is here: give another --out, or remove it")
+    path.write_text(settings, encoding="utf-8")
+
+
 def synthesize(plan: Plan, count: int, jobs: int, console: Console) -> Counter[str]:
     """Make what is missing of utterances 0 ... count - 1, in order; counts of 'made', 'kept' and 'failed'."""
     if plan.text != "nonspeech" and not plan.voices():
@@ -238,8 +200,9 @@ def synthesize(plan: Plan, count: int, jobs: int, console: Console) -> Counter[s
     for voice in plan.voices() if plan.text != "nonspeech" else ():
         require_voice(voice)
     if plan.noise is not None:
-        _recordings(plan.noise)
+        recorded_noise(plan.noise)
     plan.out.mkdir(parents=True, exist_ok=True)
+    keep_settings(plan)
     manifest = plan.out / "manifest.jsonl"
     done = indices_done(manifest)
     missing = [index for index in range(count) if index not in done]

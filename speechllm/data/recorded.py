@@ -45,25 +45,28 @@ def read_recorded(folder: str | Path) -> list[Utterance]:
         raise InputError(f"{folder}: no manifest.jsonl in this folder")
     name = folder.resolve().name
     utterances = []
-    with path.open(encoding="utf-8") as lines:
-        for number, record in read_json_lines(path, lines):
-            known = {key: record.pop(key) for key in _OWN_KEYS if key in record}
-            translations = record.pop("translation", {})
-            # A gender other than the two of the schema stays readable as a label.
-            gender = record.pop("gender") if record.get("gender") in get_args(Gender) else None
-            labels = {key: _label(value) for key, value in record.items() if value is not None}
-            try:
-                utterance = Utterance(
-                    id=f"{name}/{known.get('audio')}",
-                    source=name,
-                    gender=gender,
-                    translations=translations,
-                    labels=labels,
-                    **known,
-                )
-            except ValidationError as error:
-                raise InputError(f"{path}, line {number}: {first_problem(error)}") from error
-            utterances.append(utterance)
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, record in read_json_lines(path, lines):
+                known = {key: record.pop(key) for key in _OWN_KEYS if key in record}
+                translations = record.pop("translation", {})
+                # A gender other than the two of the schema stays readable as a label.
+                gender = record.pop("gender") if record.get("gender") in get_args(Gender) else None
+                labels = {key: _label(value) for key, value in record.items() if value is not None}
+                try:
+                    utterance = Utterance(
+                        id=f"{name}/{known.get('audio')}",
+                        source=name,
+                        gender=gender,
+                        translations=translations,
+                        labels=labels,
+                        **known,
+                    )
+                except ValidationError as error:
+                    raise InputError(f"{path}, line {number}: {first_problem(error)}") from error
+                utterances.append(utterance)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a UTF-8 text file") from error
     return utterances
 
 
