@@ -10,7 +10,6 @@ README.md             the model card
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from speechllm.codec import Codec, load_codec
+from speechllm.codec import Codec, copy_codec, load_codec
 from speechllm.errors import InputError, first_problem
 from speechllm.model import load_model
 from speechllm.text import TextTokenizer
@@ -66,7 +65,7 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path,
     lm: PreTrainedModel,
-    codec: Path,
+    codec: str | Path,
     text: TextTokenizer,
     vocabulary: Vocabulary,
     *,
@@ -75,7 +74,10 @@ def save_checkpoint(
     max_answer_tokens: int,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write all parts to ``folder``: the LM's weights as ``dtype``, in files of at most 15 MB; the codec as it is."""
+    """Write all parts to ``folder``: the LM's weights as ``dtype``, in files of at most 15 MB; the codec as it is.
+
+    ``codec`` is whatever :func:`speechllm.codec.load_codec` opens; its weights become part of the checkpoint.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for old in (folder / LM).glob("*.safetensors*"):
         old.unlink()  # a run with fewer shards must not leave some of an older one behind
@@ -83,13 +85,13 @@ def save_checkpoint(
     if lm.config.tie_word_embeddings:  # one table under two names: stored once
         state.pop("lm_head.weight", None)
     lm.save_pretrained(folder / LM, state_dict=state, max_shard_size=MAX_SHARD)
-    shutil.copytree(codec, folder / CODEC, dirs_exist_ok=True)
+    codec_fingerprint = copy_codec(codec, folder / CODEC).fingerprint(vocabulary.n_q)
     text.save(folder / TEXT)
     settings = CheckpointSettings(
         name=name,
         vocabulary=vocabulary.to_dict(),
         fingerprint=vocabulary.fingerprint(text.model_bytes),
-        codec_fingerprint=load_codec(codec).fingerprint(vocabulary.n_q),
+        codec_fingerprint=codec_fingerprint,
         max_audio_seconds=max_audio_seconds,
         max_answer_tokens=max_answer_tokens,
     )

@@ -2,7 +2,19 @@
 
 from speechllm.codec.base import Codec
 from speechllm.codec.encodec import EncodecCodec, EncodecConfig
-from speechllm.codec.load import load_codec, save_codec
+from speechllm.codec.huggingface import HuggingFaceCodec, HuggingFaceConfig
+from speechllm.codec.load import copy_codec, load_codec, save_codec
 from speechllm.codec.speech import SpeechCodec, SpeechCodecConfig
 
-__all__ = ["Codec", "EncodecCodec", "EncodecConfig", "SpeechCodec", "SpeechCodecConfig", "load_codec", "save_codec"]
+__all__ = [
+    "Codec",
+    "EncodecCodec",
+    "EncodecConfig",
+    "HuggingFaceCodec",
+    "HuggingFaceConfig",
+    "SpeechCodec",
+    "SpeechCodecConfig",
+    "copy_codec",
+    "load_codec",
+    "save_codec",
+]

@@ -1,9 +1,14 @@
-"""A codec as a folder: ``config.json``, whose ``kind`` names the class, and ``model.safetensors``."""
+"""A codec as a folder: ``config.json``, whose ``kind`` names the class, and ``model.safetensors``.
+
+A folder of ``transformers`` (``config.json`` with a ``model_type``) and a name on its hub are opened too.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -11,6 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from speechllm.codec.encodec import EncodecCodec, EncodecConfig
+from speechllm.codec.huggingface import KIND as HUGGING_FACE
+from speechllm.codec.huggingface import HuggingFaceCodec, HuggingFaceConfig, is_hub_name
 from speechllm.codec.speech import SpeechCodec, SpeechCodecConfig
 from speechllm.errors import InputError, first_problem
 
@@ -19,11 +26,15 @@ KINDS: dict[str, tuple[type, type[BaseModel]]] = {
     "speech": (SpeechCodec, SpeechCodecConfig),
     "encodec": (EncodecCodec, EncodecConfig),
 }
+AnyCodec = SpeechCodec | EncodecCodec | HuggingFaceCodec
 
 
-def save_codec(codec: SpeechCodec | EncodecCodec, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+def save_codec(codec: AnyCodec, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write ``codec`` to ``folder``; trained floating-point weights are stored as ``dtype``."""
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(codec, HuggingFaceCodec):
+        codec.save(folder, dtype)
+        return
     weights = {
         name: (value.to(dtype) if value.is_floating_point() and not name.startswith("mel.") else value).clone()
         for name, value in codec.state_dict().items()
@@ -34,18 +45,23 @@ def save_codec(codec: SpeechCodec | EncodecCodec, folder: Path, dtype: torch.dty
     (folder / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load_codec(folder: str | Path) -> SpeechCodec | EncodecCodec:
-    """The codec in ``folder``, in float32 and in evaluation mode.
+def load_codec(source: str | Path) -> AnyCodec:
+    """The codec in a folder, or of a name on the hub (``org/name``), in float32 and in evaluation mode.
 
     Raises:
         InputError: a file is missing, damaged, or weights and config do not belong together.
     """
-    folder = Path(folder)
+    folder = Path(source)
+    if is_hub_name(source):
+        return HuggingFaceCodec.pretrained(source)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        kind = config.pop("kind")
+        config = _read_config(folder)
+        kind = config.pop("kind", None)
+        if kind == HUGGING_FACE or (kind is None and "model_type" in config):
+            return HuggingFaceCodec.pretrained(folder, HuggingFaceConfig(n_q=config.get("n_q") if kind else None))
         if kind not in KINDS:
-            raise InputError(f"{folder / CONFIG}: unknown kind of codec {kind!r}; known are {', '.join(KINDS)}")
+            known = ", ".join((*KINDS, HUGGING_FACE))
+            raise InputError(f"{folder / CONFIG}: unknown kind of codec {kind!r}; known are {known}")
         make, settings = KINDS[kind]
         codec: SpeechCodec | EncodecCodec = make(settings.model_validate(config))
         weights = load_file(folder / WEIGHTS)
@@ -54,9 +70,32 @@ def load_codec(folder: str | Path) -> SpeechCodec | EncodecCodec:
         raise InputError(f"{folder}: not a codec folder ({error.strerror or error})") from error
     except ValidationError as error:
         raise InputError(f"{folder / CONFIG}: not a codec's config: {first_problem(error)}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / CONFIG}: not a codec's config: {error}") from error
     except (SafetensorError, RuntimeError) as error:
         first = str(error).splitlines()[0]
         raise InputError(f"{folder / WEIGHTS}: damaged, or not the weights of this config: {first}") from error
     return codec.eval()
+
+
+def copy_codec(source: str | Path, folder: Path) -> AnyCodec:
+    """Put the codec at ``source`` into ``folder``: a codec folder of ours file by file, any other as one of ours.
+
+    Raises:
+        InputError: as :func:`load_codec`.
+    """
+    codec = load_codec(source)
+    if Path(source).is_dir() and "kind" in _read_config(Path(source)):
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+    else:
+        save_codec(codec, folder)
+    return codec
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Raises OSError, and InputError for what is no JSON object."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder / CONFIG}: not a codec's config: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / CONFIG}: not a codec's config: no JSON object")
+    return config

@@ -37,7 +37,7 @@ class SpeechCodecConfig(BaseModel):
     code_dim: int = Field(32, ge=2, description="size of the space in which codes are looked up")
     acoustic_dim: int = Field(160, ge=8)
     acoustic_depth: int = Field(3, ge=1)
-    acoustic_code_dim: int = Field(64, ge=2)
+    acoustic_code_dim: int = Field(32, ge=2)
     decoder_dim: int = Field(256, ge=8)
     decoder_depth: int = Field(4, ge=1)
     phonemes: tuple[str, ...] = Field((), description="CTC output symbols 1…; 0 is the blank")
@@ -99,7 +99,7 @@ class AcousticCoder(nn.Module):
             codebook_dim=config.acoustic_code_dim,
             decay=0.99,
             kmeans_init=True,
-            threshold_ema_dead_code=1,
+            threshold_ema_dead_code=0.1,  # uses a batch; crops hold few frames, so each code has about one
             commitment_weight=0.25,
             rotation_trick=False,
             quantize_dropout=True,

@@ -1,0 +1,301 @@
+"""Measure how good a codec is: ``python -m train.evaluate_codec --config train/configs/evaluate-codec.yaml``.
+
+Finished results are kept in the ``parts`` of the out folder: an interrupted evaluation goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from pydantic import Field
+
+from speechllm.codec import Codec, EncodecCodec, EncodecConfig, load_codec
+from speechllm.data.corpus import Item
+from speechllm.errors import InputError
+from train.codec_measures import CHANGES, Judge, fidelity, same_codes, speech_of, speed, use
+from train.codec_probes import Clip, Heard, ProbeSettings, letters, read_trait, read_words
+from train.codec_report import ENCODEC, LOG_MEL, ORIGINAL, write_report
+from train.codec_selection import halves, pick, unseen_speakers
+from train.config import Settings, read_config
+from train.resumable import Advance, Store, Unit
+
+Name = Annotated[str, Field(pattern="^[^/|]+$")]  # becomes part of a key and of a table
+Groups = Annotated[dict[Name, list[Path]], Field(min_length=1, description="reported apart: name -> manifests")]
+TRAIT_PROBE = ProbeSettings(steps=400, dim=96, depth=2, kernel=5, learning_rate=1e-3, dropout=0.2, short_first=0)
+
+
+class WordSettings(Settings):
+    train: list[Path] = Field(description="manifests; English clips of their train splits teach the probes")
+    tests: Groups
+    train_clips: int = Field(1500, ge=1, description="at most, of each manifest")
+    test_clips: int = Field(200, ge=1, description="at most, of each manifest")
+    probe: ProbeSettings = ProbeSettings(steps=1200, batch_seconds=40, short_first=300)
+
+
+class SpeakerSettings(Settings):
+    tests: Groups
+    clips: int = Field(60, ge=2, description="at most, of each speaker")
+    least: int = Field(8, ge=1, description="clips of a speaker in each half")
+    repeats: int = Field(3, ge=1, description="probes with different seeds; their mean counts")
+    probe: ProbeSettings = TRAIT_PROBE
+
+
+class EmotionSettings(Settings):
+    sets: Groups
+    clips: int = Field(2500, ge=1, description="at most, of each split of a manifest")
+    repeats: int = Field(3, ge=1, description="probes with different seeds; their mean counts")
+    probe: ProbeSettings = TRAIT_PROBE
+
+
+class MeasureSettings(Settings):
+    tests: Groups
+    clips: int = Field(30, ge=1, description="at most, of each manifest")
+
+
+class SpeedSettings(Settings):
+    speech: list[Path] = Field(description="manifests whose test clips are strung together")
+    seconds: list[float] = Field([1, 10, 60, 600, 3600], min_length=1)
+    threads: list[int] = Field([1, 2], min_length=1)
+    repeats: int = Field(3, ge=1, description="turns of clips up to a minute long; longer ones are timed once")
+    encodec_seconds: float = Field(60, ge=0, description="longest clip for EnCodec, which needs 12 MB a second")
+
+
+class CodecEvaluation(Settings):
+    """The YAML file."""
+
+    out: Path
+    seed: int = 0
+    codecs: dict[Name, str] = Field(min_length=1, description="name -> folder; the first is judged, by the others too")
+    words: WordSettings
+    speaker: SpeakerSettings
+    emotion: EmotionSettings
+    fidelity: MeasureSettings
+    use: MeasureSettings
+    stability: MeasureSettings
+    speed: SpeedSettings
+
+
+def books_label(books: tuple[int, ...]) -> str:
+    """``0``, or ``0-3`` for the first four."""
+    return str(books[0]) if len(books) == 1 else f"{books[0]}-{books[-1]}"
+
+
+def firsts(n_q: int, counts: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The first ``k`` codebooks for each ``k`` in ``counts``, as far as there are."""
+    return [tuple(range(k)) for k in counts if k <= n_q]
+
+
+def inputs(
+    codecs: dict[str, Codec], choose: Callable[[int], list[tuple[int, ...]]], level: bool
+) -> Iterator[tuple[str, Heard, tuple[int, ...] | None]]:
+    """What probes are trained on: key, where frames come from (kept until the next codec's turn), codebooks."""
+    yield LOG_MEL, Heard(None, level), None
+    for name, codec in codecs.items():
+        heard = Heard(codec)
+        for books in choose(codec.n_q):
+            yield f"{name}/{books_label(books)}", heard, books
+
+
+def heard_clips(
+    heard: Heard,
+    items: list[Item],
+    target: Callable[[Item], str],
+    books: tuple[int, ...] | None,
+    advance: Advance,
+) -> list[Clip]:
+    clips = []
+    for item in items:
+        clips.append(heard.clip(item, target(item), books))
+        advance(1)
+    return clips
+
+
+def word_units(codecs: dict[str, Codec], settings: WordSettings, seed: int) -> Iterator[Unit]:
+    """Each single codebook, the first 2, 4 and 8, and log-mel."""
+
+    def said(item: Item) -> str:
+        plain = item.utterance.language == "en" and not item.utterance.labels.get("text_note")
+        return (letters(item.utterance.text or "") or "") if plain else ""
+
+    what = "an English text of letters"
+    train = pick(settings.train, "train", settings.train_clips, seed, said, what)
+    tests = {g: pick(paths, "test", settings.test_clips, seed, said, what) for g, paths in settings.tests.items()}
+    clips = len(train) + sum(map(len, tests.values()))
+
+    def run(heard: Heard, books: tuple[int, ...] | None, advance: Advance) -> dict[str, Any]:
+        learnt = heard_clips(heard, train, said, books, advance)
+        asked = {group: heard_clips(heard, items, said, books, advance) for group, items in tests.items()}
+        return {
+            "train_clips": len(train),
+            "steps": settings.probe.steps,
+            "tests": read_words(learnt, asked, heard.card, heard.frame_rate, settings.probe, seed, advance),
+        }
+
+    def choose(n_q: int) -> list[tuple[int, ...]]:
+        return [(b,) for b in range(n_q)] + firsts(n_q, (2, 4, 8))
+
+    for key, heard, books in inputs(codecs, choose, level=False):
+        yield Unit(key, clips + settings.probe.steps, partial(run, heard, books))
+
+
+def trait_units(
+    codecs: dict[str, Codec],
+    tasks: dict[str, tuple[list[Item], list[Item]]],
+    label: Callable[[Item], str],
+    probe: ProbeSettings,
+    repeats: int,
+    seed: int,
+) -> Iterator[Unit]:
+    """Codebook 0, the first 2, the first 4, all, and log-mel, on each of the tasks (train clips, test clips)."""
+
+    def run(heard: Heard, books: tuple[int, ...] | None, name: str, advance: Advance) -> dict[str, Any]:
+        train, test = (heard_clips(heard, items, label, books, advance) for items in tasks[name])
+        runs = [read_trait(train, test, heard.card, probe, seed + n, advance) for n in range(repeats)]
+        classes = len({clip.target for clip in test})
+        counts = {"classes": classes, "chance": 100 / classes, "train_clips": len(train), "test_clips": len(test)}
+        return {**counts, "uar": sum(runs) / repeats, "runs": runs}
+
+    def choose(n_q: int) -> list[tuple[int, ...]]:
+        return firsts(n_q, tuple(sorted({1, 2, 4, n_q})))
+
+    for key, heard, books in inputs(codecs, choose, level=True):
+        for name, (train, test) in tasks.items():
+            total = len(train) + len(test) + repeats * probe.steps
+            yield Unit(f"{name}/{key}", total, partial(run, heard, books, name))
+
+
+def speaker_units(codecs: dict[str, Codec], settings: SpeakerSettings, seed: int) -> Iterator[Unit]:
+    """Who speaks, among speakers the codec never heard."""
+    tasks = {
+        group: halves(unseen_speakers(paths, settings.clips, seed), settings.least)
+        for group, paths in settings.tests.items()
+    }
+    return trait_units(codecs, tasks, lambda i: i.utterance.speaker or "", settings.probe, settings.repeats, seed)
+
+
+def emotion_units(codecs: dict[str, Codec], settings: EmotionSettings, seed: int) -> Iterator[Unit]:
+    """Emotions of the test speakers by probes that learnt from the train speakers."""
+
+    def label(item: Item) -> str:
+        return str(item.utterance.labels.get("emotion", ""))
+
+    tasks = {}
+    for group, paths in settings.sets.items():
+        train = pick(paths, "train", settings.clips, seed, label, "an emotion")
+        test = pick(paths, "test", settings.clips, seed, label, "an emotion")
+        both = {label(item) for item in train} & {label(item) for item in test}
+        tasks[group] = ([i for i in train if label(i) in both], [i for i in test if label(i) in both])
+    return trait_units(codecs, tasks, label, settings.probe, settings.repeats, seed)
+
+
+def fidelity_units(codecs: dict[str, Codec], settings: MeasureSettings, seed: int) -> Iterator[Unit]:
+    """Reconstructions of English clips from 2, 4 and 8 codebooks, and the originals."""
+
+    def wanted(item: Item) -> bool:  # PESQ and STOI need about a second
+        return bool(item.utterance.text) and item.utterance.language == "en" and item.utterance.duration >= 1
+
+    what = "an English text and a second of audio"
+    groups = {g: pick(paths, "test", settings.clips, seed, wanted, what) for g, paths in settings.tests.items()}
+    judge = Judge()
+
+    def run(codec: Codec | None, n_q: int, advance: Advance) -> dict[str, Any]:
+        return {group: fidelity(judge, codec, n_q, items, advance) for group, items in groups.items()}
+
+    clips = sum(map(len, groups.values()))
+    yield Unit(ORIGINAL, clips, partial(run, None, 0))
+    for name, codec in codecs.items():
+        for k in sorted({min(k, codec.n_q) for k in (2, 4, 8)}):
+            yield Unit(f"{name}/{k}", clips, partial(run, codec, k))
+
+
+def measure_units(
+    codecs: dict[str, Codec],
+    settings: MeasureSettings,
+    seed: int,
+    measure: Callable[[Codec, list[Item], Advance], dict[str, Any]],
+) -> Iterator[Unit]:
+    """One measurement of each codec on each group."""
+    groups = {g: pick(paths, "test", settings.clips, seed, bool, "audio") for g, paths in settings.tests.items()}
+
+    def run(codec: Codec, advance: Advance) -> dict[str, Any]:
+        return {group: measure(codec, items, advance) for group, items in groups.items()}
+
+    for name, codec in codecs.items():
+        yield Unit(name, sum(map(len, groups.values())), partial(run, codec))
+
+
+def stability(codec: Codec, items: list[Item], advance: Advance) -> dict[str, Any]:
+    return same_codes(codec, [item.wav(codec.sample_rate) for item in items], CHANGES, advance)
+
+
+def speed_units(codecs: dict[str, Codec], settings: SpeedSettings, seed: int) -> Iterator[Unit]:
+    """The first codec, and EnCodec 24 kHz with random weights (they cost the same time) where the clip is short."""
+    items = pick(settings.speech, "test", 200, seed, bool, "audio")
+    name, codec = next(iter(codecs.items()))
+    encodec = EncodecCodec(EncodecConfig(n_q=8)).eval()
+
+    def run(seconds: float, threads: int, advance: Advance) -> dict[str, Any]:
+        compared = {name: codec} | ({ENCODEC: encodec} if seconds <= settings.encodec_seconds else {})
+        repeats = settings.repeats if seconds <= 60 else 1
+        with torch.inference_mode():
+            return speed(compared, speech_of(items, seconds), threads, repeats)
+
+    for seconds in settings.seconds:
+        for threads in settings.threads:
+            yield Unit(f"{seconds:g} s/{threads}", 1, partial(run, seconds, threads))
+
+
+PARTS: dict[str, Callable[[dict[str, Codec], Any, int], Iterator[Unit]]] = {
+    "words": word_units,
+    "speaker": speaker_units,
+    "emotion": emotion_units,
+    "fidelity": fidelity_units,
+    "use": partial(measure_units, measure=use),
+    "stability": partial(measure_units, measure=stability),
+    "speed": speed_units,
+}
+
+
+def evaluate(config: CodecEvaluation, parts: list[str]) -> str:
+    """Measure what is missing of ``parts``, write the report of all that is there, and return it.
+
+    Raises:
+        InputError: a codec or a manifest cannot be used, or the out folder holds results of other settings.
+    """
+    codecs: dict[str, Codec] = {name: load_codec(folder) for name, folder in config.codecs.items()}
+    weights = {f"codec {name}": codec.fingerprint(codec.n_q) for name, codec in codecs.items()}
+    stores = {}
+    for name in PARTS:
+        of = {"settings": getattr(config, name).model_dump(mode="json"), "seed": config.seed, **weights}
+        stores[name] = Store(config.out / "parts" / f"{name}.json", of)
+    for name in parts:
+        stores[name].fill(name, PARTS[name](codecs, getattr(config, name), config.seed))
+    return write_report(config.out, codecs, {name: store.results for name, store in stores.items() if store.results})
+
+
+def main(
+    config: Annotated[Path, typer.Option(help="YAML file; see train/configs/evaluate-codec.yaml")],
+    only: Annotated[str | None, typer.Option(help=f"parts to measure, with commas: {','.join(PARTS)}")] = None,
+) -> None:
+    """Measure a codec; writes results.json, results.md and plots. Finished parts of an earlier call are kept."""
+    try:
+        parts = only.split(",") if only else list(PARTS)
+        if unknown := [name for name in parts if name not in PARTS]:
+            raise InputError(f"--only: no part is called {unknown[0]!r}; there are {', '.join(PARTS)}")
+        settings = read_config(config, CodecEvaluation)
+        typer.echo(evaluate(settings, parts))
+    except InputError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as stop:
+        typer.echo("stopped: what is finished is kept; run the same command to go on", err=True)
+        raise typer.Exit(130) from stop
+
+
+if __name__ == "__main__":
+    typer.run(main)
