@@ -7,7 +7,6 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from serve.codes import app as codes_app
+from serve.plain_errors import USER_ERROR, complain, plain_errors
 from speechllm import __version__
 from speechllm.errors import InputError
 
@@ -22,8 +22,6 @@ from speechllm.errors import InputError
 if TYPE_CHECKING:
     from serve.answer import Answer, Failure
     from speechllm.checkpoint import Checkpoint
-
-USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit codes; the last two as a shell counts SIGINT and SIGPIPE
 
 
 class Format(str, Enum):
@@ -101,7 +99,7 @@ def ask(
       speechllm ask "Translate this audio to French" --format json *.flac
       ffmpeg -i talk.mp4 -f wav - | speechllm ask "Transcribe this audio" -
     """
-    with _plain_errors():
+    with plain_errors():
         checkpoint = _load(model, device)
         from serve.answer import Answerer, Failure
 
@@ -119,7 +117,7 @@ def info(model: Model = None) -> None:
 
     Its model, codec, vocabulary, limits and tasks, one a line.
     """
-    with _plain_errors():
+    with plain_errors():
         checkpoint = _load(model, Device.cpu)
         from speechllm.model import parameter_counts
         from speechllm.tasks import TASKS
@@ -152,26 +150,6 @@ def info(model: Model = None) -> None:
 def main() -> None:
     """The console script."""
     app()
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """What a user can cause ends in one line and an exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            # JSON is UTF-8 whatever the locale, and a file name that is not UTF-8 must not stop the printing.
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    try:
-        yield
-    except InputError as error:
-        _complain(f"error: {error}")
-        raise typer.Exit(USER_ERROR) from None
-    except BrokenPipeError:
-        # Whoever read the answers has gone; Python's last flush must not complain about it either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(BROKEN_PIPE) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None
 
 
 def _load(model: Path | None, device: Device) -> Checkpoint:
@@ -214,23 +192,18 @@ def _show(answer: Answer | Failure, format: Format, max_answer_tokens: int) -> N
     from serve.answer import Failure
 
     if isinstance(answer, Failure):
-        _complain(f"error: {answer.error}")
+        complain(f"error: {answer.error}")
     elif answer.finish_reason == "length" and format is Format.text:
-        _complain(
+        complain(
             f"warning: {answer.file}: the answer was cut: the model writes at most {max_answer_tokens} text pieces "
             "for one piece of audio"
         )
     elif answer.finish_reason == "no_speech" and format is Format.text:
-        _complain(f"note: {answer.file}: no speech")
+        complain(f"note: {answer.file}: no speech")
     if format is Format.json:
         print(json.dumps(answer.to_dict(), ensure_ascii=False), flush=True)
     elif not isinstance(answer, Failure):
         print(" ".join(answer.text.split()), flush=True)
-
-
-def _complain(message: str) -> None:
-    """One line on standard error, whatever the file's name holds."""
-    print(" ".join(message.splitlines()), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

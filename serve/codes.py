@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from serve.plain_errors import plain_errors
 from speechllm.errors import InputError
 
 # Commands import torch and the rest themselves: --help and usage errors do not wait for them.
@@ -27,9 +28,7 @@ class _Codes(TyperGroup):
     """What a user can cause ends as in the other commands: one line, and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
-        from serve.cli import _plain_errors  # serve.cli imports this module
-
-        with _plain_errors():
+        with plain_errors():
             return super().invoke(ctx)
 
 

@@ -238,10 +238,10 @@ def test_a_real_process_says_nothing_more(tiny_checkpoint: Path, good: list[str]
 
 COMMAND = """
 import sys, time, typer
-from serve.cli import _plain_errors
+from serve.plain_errors import plain_errors
 
 def command() -> None:
-    with _plain_errors():
+    with plain_errors():
         for _ in range(1000):
             print("an answer", flush=True)
             time.sleep(0.05)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from speechllm.codec import SpeechCodec
 from speechllm.data.corpus import Item
-from train.codec_waveform import WaveformSettings, train_waveform
+from train.codec_waveform import Reconstruction, WaveformSettings, train_waveform
 
 
 def forward(codec: SpeechCodec, wav: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,18 +32,7 @@ def train_acoustic(
 ) -> None:
     """Train ``codec.acoustic`` in place; ``codec.semantic`` is left as it is."""
     codec.eval()
-    samples = round(settings.crop_seconds * codec.frame_rate) * codec.hop_length
-    train_waveform(
-        "acoustic",
-        codec.acoustic,
-        lambda wav: forward(codec, wav),
-        codec.mel,
-        train,
-        dev,
-        settings,
-        samples,
-        codec.sample_rate,
-        out,
-        seed,
-        resume,
+    task = Reconstruction(
+        "acoustic", codec.acoustic, lambda wav: forward(codec, wav), codec.mel, codec.sample_rate, codec.hop_length
     )
+    train_waveform(task, train, dev, settings, out, seed, resume)

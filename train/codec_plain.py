@@ -18,7 +18,7 @@ from speechllm.codec import EncodecCodec, EncodecConfig, save_codec
 from speechllm.codec.layers import LogMel
 from speechllm.data.corpus import read_corpus
 from speechllm.errors import InputError
-from train.codec_waveform import WaveformSettings, train_waveform
+from train.codec_waveform import Reconstruction, WaveformSettings, train_waveform
 from train.config import Settings, read_config
 from train.loop import Interrupted
 
@@ -99,20 +99,15 @@ def train_plain(config: PlainTraining, resume: bool) -> None:
     codec = EncodecCodec(config.codec)
     even_out(codec.model)
     train, dev = read_corpus(config.manifests, "train"), read_corpus(config.dev_manifests, "dev")
-    train_waveform(
+    task = Reconstruction(
         "plain",
         codec.model,
         lambda wav: reconstruct(codec, wav),
         LogMel(codec.sample_rate, N_MELS),
-        train,
-        dev,
-        config.training,
-        round(config.training.crop_seconds * codec.frame_rate) * codec.hop_length,
         codec.sample_rate,
-        config.out,
-        config.seed,
-        resume,
+        codec.hop_length,
     )
+    train_waveform(task, train, dev, config.training, config.out, config.seed, resume)
     save_codec(codec, config.out / "codec")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -20,7 +21,23 @@ from train.loop import Loop, cosine
 
 WEIGHTS = {"spectral": 1.0, "mel": 1.0, "features": 1.0, "adversarial": 0.5}
 
-Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]  # [B, samples] -> [B, samples], commitment loss
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What is trained to give waveforms back.
+
+    name: of its folder in the run's.
+    module: what is trained, in place.
+    reconstruct: made of ``module``; waveforms ``[B, samples]``, whole hops, to as many samples and the commitment loss.
+    mel: of the mel loss.
+    """
+
+    name: str
+    module: nn.Module
+    reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]]
+    mel: LogMel
+    sample_rate: int
+    hop_length: int
 
 
 class WaveformSettings(Settings):
@@ -47,23 +64,17 @@ def crops(items: list[Item], samples: int, count: int, rate: int, rng: Random) -
 
 
 def train_waveform(
-    name: str,
-    module: nn.Module,
-    reconstruct: Reconstruct,
-    mel: LogMel,
+    task: Reconstruction,
     train: list[Item],
     dev: list[Item],
     settings: WaveformSettings,
-    samples: int,
-    rate: int,
     out: Path,
     seed: int,
     resume: bool,
 ) -> None:
-    """Train ``module``, which ``reconstruct`` is made of, in place, on crops of ``samples`` at ``rate`` Hz.
-
-    The state is kept in ``out/name`` and, with ``resume``, taken up from there.
-    """
+    """Train ``task.module`` on random crops. The state is kept in ``out/name`` and, with ``resume``, taken up there."""
+    rate, module, mel = task.sample_rate, task.module, task.mel
+    samples = round(settings.crop_seconds * rate / task.hop_length) * task.hop_length
     trained = nn.ModuleDict({"codec": module, "discriminator": Discriminator(), "balancer": Balancer(WEIGHTS)})
     discriminator, balancer = trained["discriminator"], trained["balancer"]
     assert isinstance(balancer, Balancer)
@@ -74,13 +85,13 @@ def train_waveform(
     def make(step: int) -> Tensor:
         return crops(train, samples, settings.batch_clips, rate, Random(f"{seed} crop {step}"))
 
-    with Loop(name, out, trained, optimizer, settings.steps, resume) as loop:
+    with Loop(task.name, out, trained, optimizer, settings.steps, resume) as loop:
         for step, wav in zip(loop.steps(), prefetch(make, loop.range()), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * cosine(step, settings.warmup, settings.steps)
             module.train()
             optimizer.zero_grad(set_to_none=True)
-            made, commitment = reconstruct(wav)
+            made, commitment = task.reconstruct(wav)
             losses = {"spectral": spectral_loss(made, wav), "mel": mel_loss(made, wav, mel)}
             if step >= switch:
                 judged = discriminator(made, wav)
@@ -94,7 +105,7 @@ def train_waveform(
             if (step + 1) % settings.evaluate_every == 0 or step + 1 == settings.steps:
                 module.eval()
                 with torch.inference_mode():
-                    made, _ = reconstruct(held_out)
+                    made, _ = task.reconstruct(held_out)
                     loop.evaluation(
                         dev_spectral=spectral_loss(made, held_out).item(), dev_mel=mel_loss(made, held_out, mel).item()
                     )
