@@ -178,11 +178,11 @@ class SpeechCodec(nn.Module, Codec):
         if not all(flag.all() for name, flag in part.named_buffers() if name.endswith("initted")):
             raise InputError("the codec's codebooks are not trained: run python -m train.codec, both stages")
         frames = -(-wav.shape[-1] // self.hop_length)
-        wav = F.pad(wav, (0, frames * self.hop_length - wav.shape[-1]))
         reach = self.semantic.reach + self.acoustic.stack.reach + 4  # 4: mel windows and Downsample
         pieces = []
         for left, right, kept in overlapping(frames, max(1, int(chunk_seconds * self.frame_rate)), reach):
-            codes = self._encode_piece(wav[:, left * self.hop_length : right * self.hop_length], n_q)
+            piece = wav[:, left * self.hop_length : right * self.hop_length]
+            codes = self._encode_piece(F.pad(piece, (0, (right - left) * self.hop_length - piece.shape[-1])), n_q)
             pieces.append(codes[:, kept])
         return torch.cat(pieces, dim=1)
 
