@@ -16,12 +16,12 @@ def normalize_instruction(text: str) -> str:
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of the answer: who spoke from `start` to `end` (seconds), and what."""
+    """A stretch of speech: who spoke from `start` to `end` (seconds), and what; "" where the words are not known."""
 
     speaker: str | None
     start: float
     end: float
-    text: str
+    text: str = ""
 
 
 @dataclass(frozen=True)

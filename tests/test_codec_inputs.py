@@ -85,7 +85,7 @@ def test_a_moment(codec: Codec, speech: Tensor, samples: int, tmp_path: Path) ->
 def test_nan_is_refused(speech: Tensor, tmp_path: Path) -> None:
     broken = speech.clone()
     broken[0, 1000] = torch.nan
-    with pytest.raises(InputError, match="input.wav"):
+    with pytest.raises(InputError, match=r"input\.wav"):
         through_file(broken, RATE, tmp_path)
 
 

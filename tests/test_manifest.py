@@ -12,6 +12,7 @@ import torch
 from speechllm.data.manifest import Utterance, append, load_wav, read_manifest, write_manifest
 from speechllm.data.recorded import read_captions, read_recorded
 from speechllm.errors import InputError
+from speechllm.tasks import Segment
 
 RATE = 16000
 
@@ -60,6 +61,19 @@ def test_missing_manifest_is_named(tmp_path: Path) -> None:
         read_manifest(tmp_path / "nowhere.jsonl")
 
 
+@pytest.mark.parametrize("times", [[(1, 0.5)], [(0.5, 0.5)], [(0, 2)], [(0.4, 0.5), (0.3, 0.6)], [(-1, 0.5)]])
+def test_segments_that_cannot_be(times: list[tuple[float, float]]) -> None:
+    with pytest.raises(ValueError, match="segment"):
+        utterance(duration=1.0, segments=[{"speaker": None, "start": a, "end": b} for a, b in times])
+
+
+def test_segments_and_slots_survive_the_file(tmp_path: Path) -> None:
+    segments = (Segment(None, 0, 0.4, "hi"), Segment("b", 0.2, 0.5))
+    whole = utterance(segments=segments, intent="order", slots={"size": "big"})
+    write_manifest(tmp_path / "m.jsonl", [whole])
+    assert read_manifest(tmp_path / "m.jsonl") == [whole]
+
+
 def test_load_wav_from_path_and_from_tar(tmp_path: Path) -> None:
     tones = {name: write_tone(tmp_path / name, hertz) for name, hertz in (("a.flac", 300), ("b.flac", 700))}
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
@@ -87,7 +101,8 @@ def test_read_recorded_maps_a_sets_own_keys(tmp_path: Path) -> None:
         {"audio": "0.opus", "tar": "dev.tar", "tar_offset": 512, "tar_size": 9, "duration": 0.3, "text": "zero"}
         | {"language": "en", "speaker": "s1", "gender": "male", "digit": 0, "split": "dev"},
         {"audio": "1.opus", "duration": 2, "text": None, "translation": {"en": "hi"}, "gender": "prefer not to say"}
-        | {"slots": {"size": "big"}, "complete": True, "source": "a site", "split": "train"},
+        | {"intent": "order", "slots": {"size": "big"}, "complete": True, "source": "a site", "split": "train"}
+        | {"segments": [{"speaker": "a", "start": 0, "end": 1.5}, {"start": 1, "end": 2}], "noise": ["dog"]},
     ]
     (folder / "manifest.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     digit, command = read_recorded(folder)
@@ -96,7 +111,9 @@ def test_read_recorded_maps_a_sets_own_keys(tmp_path: Path) -> None:
     assert command.translations == {"en": "hi"}
     assert command.gender is None
     assert command.source == "some_set"
-    assert json.loads(str(command.labels["slots"])) == {"size": "big"}
+    assert (command.intent, command.slots) == ("order", {"size": "big"})
+    assert command.segments == (Segment("a", 0, 1.5), Segment(None, 1, 2))
+    assert json.loads(str(command.labels["noise"])) == ["dog"]
     assert command.labels["complete"] == 1
     assert command.labels["source"] == "a site"
     assert command.labels["gender"] == "prefer not to say"

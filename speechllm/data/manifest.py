@@ -11,9 +11,11 @@ from torch import Tensor
 
 from speechllm.audio import read_audio
 from speechllm.errors import InputError, first_problem
+from speechllm.tasks import Segment
 
 Split = Literal["train", "dev", "test"]
 Gender = Literal["male", "female"]
+SLACK = 0.05  # seconds: durations and times are often rounded apart
 
 
 class Utterance(BaseModel):
@@ -22,6 +24,8 @@ class Utterance(BaseModel):
     `audio` is a path relative to the manifest's folder or, when `tar` is set, the name of a member of that tar file,
     whose bytes `[tar_offset, tar_offset + tar_size)` are the audio file. `duration` is in seconds. `language` is an
     ISO 639-1 code, or the set's own name for a language that has none. `translations` maps language codes to text.
+    `segments` are in order of their start, in seconds, within the recording; they may overlap. `intent` and `slots`
+    (slot name -> words) say what the speaker wants.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,6 +41,9 @@ class Utterance(BaseModel):
     speaker: str | None = None
     gender: Gender | None = None
     translations: dict[str, str] = Field(default_factory=dict)
+    segments: tuple[Segment, ...] = ()
+    intent: str | None = None
+    slots: dict[str, str] = Field(default_factory=dict)
     labels: dict[str, str | int | float] = Field(default_factory=dict)
     split: Split
     source: str
@@ -46,6 +53,18 @@ class Utterance(BaseModel):
         given = [value is not None for value in (self.tar, self.tar_offset, self.tar_size)]
         if any(given) and not all(given):
             raise ValueError("tar, tar_offset and tar_size go together: give all three or none")
+        return self
+
+    @model_validator(mode="after")
+    def _segments_fit(self) -> "Utterance":
+        earlier = 0.0
+        for number, segment in enumerate(self.segments, start=1):
+            if not earlier <= segment.start < segment.end <= self.duration + SLACK:
+                raise ValueError(
+                    f"segment {number} ({segment.start}-{segment.end} s): segments start in order, end after they "
+                    f"start, and lie within the {self.duration} s of the recording"
+                )
+            earlier = segment.start
         return self
 
 
@@ -93,7 +112,8 @@ def read_manifest(path: str | Path) -> list[Utterance]:
 
 
 def _line(utterance: Utterance) -> str:
-    return utterance.model_dump_json(exclude_none=True) + "\n"
+    known = {key: value for key, value in utterance.model_dump(mode="json").items() if value not in (None, {}, [])}
+    return json.dumps(known, ensure_ascii=False) + "\n"
 
 
 def append(path: str | Path, utterance: Utterance) -> None:

@@ -11,7 +11,10 @@ from pydantic import ValidationError
 from speechllm.data.manifest import Gender, Utterance, read_json_lines
 from speechllm.errors import InputError, first_problem
 
-_OWN_KEYS = ("audio", "tar", "tar_offset", "tar_size", "duration", "text", "language", "speaker", "split")
+_OWN_KEYS = (
+    *("audio", "tar", "tar_offset", "tar_size", "duration", "split"),
+    *("text", "language", "speaker", "segments", "intent", "slots"),
+)
 _TRANSLATIONS = ("de", "fr", "cs")
 
 
@@ -25,7 +28,7 @@ class Caption:
 
 
 def _label(value: object) -> str | int | float:
-    """Lists and objects (segments, slots) become JSON text, true and false become 1 and 0."""
+    """Lists and objects become JSON text, true and false become 1 and 0."""
     if isinstance(value, bool):
         return int(value)
     if isinstance(value, str | int | float):
@@ -51,6 +54,7 @@ def read_recorded(folder: str | Path) -> list[Utterance]:
                 known = {key: record.pop(key) for key in _OWN_KEYS if key in record}
                 translations = record.pop("translation", {})
                 # A gender other than the two of the schema stays readable as a label.
+                known["segments"] = [{"speaker": None} | segment for segment in known.get("segments") or ()]
                 gender = record.pop("gender") if record.get("gender") in get_args(Gender) else None
                 labels = {key: _label(value) for key, value in record.items() if value is not None}
                 try:
