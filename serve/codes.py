@@ -192,12 +192,13 @@ def code_numbers(codes: Tensor, frame_rate: float) -> dict[str, Any]:
     Entropy is that of each codebook's histogram (frames taken as independent), perplexity its exponential. Rates are
     per second of whole frames; runs are counted in codebook 0.
     """
+    from speechllm.codec.base import code_entropy
+
     frames = codes.shape[1]
     codebooks = []
-    for row in codes:
-        counts = row.unique(return_counts=True)[1].double()
-        bits = float(-(counts / frames * (counts / frames).log2()).sum()) + 0.0  # no -0.0
-        codebooks.append({"distinct": len(counts), "perplexity": 2**bits, "entropy_bits_per_second": bits * frame_rate})
+    for row, bits in zip(codes, code_entropy(codes), strict=True):
+        distinct = len(row.unique())
+        codebooks.append({"distinct": distinct, "perplexity": 2**bits, "entropy_bits_per_second": bits * frame_rate})
     runs = len(codes[0].unique_consecutive())
     return {
         "frames": frames,

@@ -187,7 +187,8 @@ def test_damaged_files_are_refused(codes: Path, folder: Path) -> None:
     good = torch.zeros(3, 32, dtype=torch.int16)
     for tensor in (good.float(), good.int(), good[0].contiguous(), good[:, :0].contiguous()):
         refused("damaged: its codes are", "decode", rewritten(codes, tensor), "--codec", folder)
-    refused("cannot hold 20000 samples", "decode", rewritten(codes, good[:, :31].contiguous()), "--codec", folder)
+    refused("20000 samples do not take 31", "decode", rewritten(codes, good[:, :31].contiguous()), "--codec", folder)
+    refused("1 samples do not take 32", "decode", rewritten(codes, good, samples="1"), "--codec", folder)
     refused("outside [0, 16)", "decode", rewritten(codes, good - 1), "--codec", folder)
     for name, value in (("samples", None), ("samples", "0"), ("hop_length", "many"), ("colour", "red")):
         refused(f"damaged metadata: {name}", "decode", rewritten(codes, **{name: value}), "--codec", folder)

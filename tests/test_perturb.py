@@ -1,9 +1,12 @@
 """Perturbations: what each one changes, by how much, and that its random state alone decides."""
 
+import io
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import pytest
+import soundfile
 import torch
 from torch import Tensor
 
@@ -82,6 +85,31 @@ def test_compression_stays_in_step_and_costs_less_at_a_higher_rate(
     loud = wav * 5  # 1.5 times full scale: must not clip
     kept = [snr_db(loud, perturb.compressed(loud, RATE, codec, kbits)) for kbits in (low, high)]
     assert 3 < kept[0] < kept[1]
+
+
+@pytest.mark.parametrize("rate", [16000, 22050, 24000, 44100])
+@pytest.mark.parametrize(("codec", "kbits"), [("MP3", 64), ("MP3", 32), ("OPUS", 24)])
+def test_compression_at_any_rate(codec: str, kbits: float, rate: int) -> None:
+    time = torch.arange(rate) / rate
+    tone = (0.3 * torch.sin(2 * torch.pi * 440 * time) * (time > 0.5))[None]  # its beginning shows a shift
+    heard = perturb.compressed(tone, rate, codec, kbits)
+    assert heard.shape == tone.shape
+    assert snr_db(tone, heard) > 10
+
+
+def test_the_bit_rate_is_the_one_asked_for(wav: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    read = soundfile.read
+
+    def measured(file: io.BytesIO, **options: Any) -> Any:
+        sizes.append(len(file.getvalue()))
+        return read(file, **options)
+
+    monkeypatch.setattr(soundfile, "read", measured)
+    long = wav.repeat(1, 20)
+    for kbits in (16, 64):
+        perturb.compressed(long, RATE, "MP3", kbits)
+        assert sizes[-1] * 8 / 1000 / (long.shape[1] / RATE) == pytest.approx(kbits, rel=0.1)
 
 
 def test_babble_is_made_of_the_others_and_stays_below(wav: Tensor) -> None:

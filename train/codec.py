@@ -28,7 +28,9 @@ class CodecTraining(Settings):
     seed: int = 0
     manifests: list[Path]
     dev_manifests: list[Path]
-    repeat: dict[str, int] = Field({}, description="how often the clips of a source are listed; once unless given")
+    repeat: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        {}, description="how often the semantic stage lists the clips of a source; once unless given"
+    )
     codec: SpeechCodecConfig = SpeechCodecConfig()
     semantic: SemanticSettings
     acoustic: WaveformSettings
@@ -72,7 +74,10 @@ def semantic_stage(config: CodecTraining, resume: bool) -> None:
     train = CtcData(train_items, inventory, codec.mel, rate, config.semantic.perturbed)
     dev = CtcData(dev_items, inventory, codec.mel, rate)
     train_semantic(codec, train, dev, config.semantic, config.out, config.seed, resume)
-    save_codec(codec, config.out / "codec")
+    finished = config.out / "codec"
+    if finished.exists() and load_codec(finished).fingerprint(1) == codec.fingerprint(1):
+        return  # nothing was left to train, and the acoustic stage may have been run since
+    save_codec(codec, finished)
 
 
 def main(
@@ -92,6 +97,8 @@ def main(
             acoustic_stage(settings, resume)
         else:
             codec = load_codec(settings.out / "codec")
+            assert isinstance(codec, SpeechCodec)
+            codec.check_trained(codec.n_q)
             save_codec(codec, export_to, torch.float16)
     except InputError as error:
         typer.echo(f"error: {error}", err=True)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from speechllm.codec.layers import MEL_HOP, Downsample, LogMel
+from speechllm.codec.layers import MEL_HOP, SILENT, Downsample, LogMel
 from speechllm.data.augment import augment
 from speechllm.data.corpus import Item
 from speechllm.data.perturb import babble, room, round_trip
@@ -102,4 +102,7 @@ class CtcData:
         frames = torch.tensor([len(mel) // Downsample.FACTOR for mel in mels])
         targets = [self.targets[i] for i in indices]
         lengths = torch.tensor([len(t) for t in targets])
-        return CtcBatch(pad_sequence(mels, batch_first=True), frames, pad_sequence(targets, batch_first=True), lengths)
+        padded = pad_sequence(
+            mels, batch_first=True, padding_value=SILENT
+        )  # loud columns would change the clip's level
+        return CtcBatch(padded, frames, pad_sequence(targets, batch_first=True), lengths)

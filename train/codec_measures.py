@@ -17,6 +17,7 @@ from torch import Tensor
 
 from speechllm.audio import resample
 from speechllm.codec import Codec
+from speechllm.codec.base import code_entropy
 from speechllm.codec.layers import MEL_HOP, LogMel, unscale_log
 from speechllm.data.corpus import Item
 from speechllm.data.perturb import add_at, compressed
@@ -66,15 +67,6 @@ def same_codes(
     return {name: (100 * count / frames).tolist() for name, count in same.items()}
 
 
-def code_entropy(codes: Tensor, card: int) -> list[float]:
-    """Entropy in bits of each codebook of codes ``[n_q, frames]``: ``log2(card)`` when all codes are equally likely."""
-    entropies = []
-    for row in codes:
-        share = torch.bincount(row.long(), minlength=card).double() / len(row)
-        entropies.append(float(-(share * share.clamp_min(1e-300).log2()).sum()))
-    return entropies
-
-
 def use(codec: Codec, items: Sequence[Item], advance: Advance) -> dict[str, object]:
     """Perplexity of each codebook, and bits a second: of the codes as such, and if coded by their frequency."""
     rows = []
@@ -82,7 +74,7 @@ def use(codec: Codec, items: Sequence[Item], advance: Advance) -> dict[str, obje
         rows.append(codec.encode(item.wav(codec.sample_rate)))
         advance(1)
     codes = torch.cat(rows, dim=1)
-    entropies = code_entropy(codes, codec.card)
+    entropies = code_entropy(codes)
     return {
         "frames": codes.shape[1],
         "card": codec.card,

@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 
 LOG_MEL, ORIGINAL, ENCODEC = "log-mel", "original", "EnCodec 24 kHz"
 ABOVE_MEL, PLAIN_TIMES, USED, STABLE, FASTER = 20.0, 2.0, 50.0, 90.0, 1.0  # the bounds, as verdicts() states them
+READABLE = 60.0  # WER % of log-mel; above it the probe has not learnt to read, and all inputs look alike
 LEVELS = ("+1 dB", "-1 dB")
 Results = dict[str, dict[str, Any]]  # part -> key of a unit -> its result
 
@@ -31,7 +32,7 @@ class Verdict:
     on: str
     value: str
     bound: str
-    reached: bool
+    reached: bool | None  # None: cannot be judged
 
 
 def at_least(what: str, on: str, value: float, bound: float, unit: str, digits: int = 0) -> Verdict:
@@ -50,9 +51,8 @@ def verdicts(results: Results, names: list[str]) -> list[Verdict]:
                 above = 100 * (score["wer"] / mel - 1) if mel else 0.0 if not score["wer"] else float("inf")
                 value = f"{above:+.0f} % ({score['wer']:.1f} to {mel:.1f})"
                 bound = f"at most {ABOVE_MEL:+.0f} %"
-                found.append(
-                    Verdict("WER of a probe on codebook 0, above log-mel's", group, value, bound, above <= ABOVE_MEL)
-                )
+                reached = above <= ABOVE_MEL if mel < READABLE else None
+                found.append(Verdict("WER of a probe on codebook 0, above log-mel's", group, value, bound, reached))
             for other in others:
                 if theirs := words.get(f"{other}/0"):
                     worse = theirs["tests"][group]["wer"]
@@ -259,7 +259,8 @@ def write_report(out: Path, codecs: dict[str, Codec], results: Results) -> str:
     """results.json, results.md and the plots, from whatever has been measured; returns the Markdown."""
     names = list(codecs)
     found = verdicts(results, names)
-    rows = [[v.what, v.on, v.value, v.bound, "reached" if v.reached else "not reached"] for v in found]
+    words = {True: "reached", False: "not reached", None: f"not judged: log-mel's WER is over {READABLE:g}"}
+    rows = [[v.what, v.on, v.value, v.bound, words[v.reached]] for v in found]
     parts = [table(["asked", "speech", "measured", "bound", ""], rows)] if rows else []
     if "words" in results:
         parts.append(words_table(results["words"], names))
@@ -275,7 +276,13 @@ def write_report(out: Path, codecs: dict[str, Codec], results: Results) -> str:
         parts.append(speed_table(results["speed"], names[0]))
     text = "\n".join(parts)
     about = {
-        name: {"n_q": c.n_q, "card": c.card, "frame_rate": c.frame_rate, "weights": c.fingerprint(c.n_q)}
+        name: {
+            "parameters": sum(p.numel() for p in c.parameters()) if isinstance(c, torch.nn.Module) else None,
+            "n_q": c.n_q,
+            "card": c.card,
+            "frame_rate": c.frame_rate,
+            "weights": c.fingerprint(c.n_q),
+        }
         for name, c in codecs.items()
     }
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}

@@ -37,13 +37,23 @@ def unseen_speakers(manifests: Sequence[Path], most: int, seed: int) -> list[Ite
         seen = {
             item.utterance.speaker for split in LEARNT_FROM for item in read_corpus([path], split, may_be_empty=True)
         }
-        clips: dict[str, list[Item]] = {}
-        for item in read_corpus([path], "test"):
-            if item.utterance.speaker and item.utterance.speaker not in seen:
-                clips.setdefault(item.utterance.speaker, []).append(item)
-        for own in clips.values():
-            chosen += Random(seed).sample(own, most) if len(own) > most else own
-    return chosen
+        chosen += [item for item in read_corpus([path], "test") if item.utterance.speaker not in seen]
+    return _of_each_speaker(chosen, most, seed)
+
+
+def all_speakers(manifests: Sequence[Path], most: int, seed: int) -> list[Item]:
+    """Clips of all splits, at most ``most`` of each speaker."""
+    splits: tuple[Split, ...] = (*LEARNT_FROM, "test")
+    items = [item for path in manifests for split in splits for item in read_corpus([path], split, may_be_empty=True)]
+    return _of_each_speaker(items, most, seed)
+
+
+def _of_each_speaker(items: Sequence[Item], most: int, seed: int) -> list[Item]:
+    clips: dict[str, list[Item]] = {}
+    for item in items:
+        if item.utterance.speaker:
+            clips.setdefault(item.utterance.speaker, []).append(item)
+    return [item for own in clips.values() for item in (Random(seed).sample(own, most) if len(own) > most else own)]
 
 
 def halves(items: Sequence[Item], least: int) -> tuple[list[Item], list[Item]]:

@@ -94,7 +94,7 @@ def encode_corpus(manifest: Path, codec_folder: Path, out: Path, n_q: int, copie
     ids = hashlib.sha256("\n".join(item.utterance.id for item in items).encode()).hexdigest()[:16]
     info = {"codec": codec.fingerprint(n_q), "n_q": n_q, "copies": copies, "utterances": ids}
     out.mkdir(parents=True, exist_ok=True)
-    if (out / INFO).is_file() and (out / INFO).read_text(encoding="utf-8") != json.dumps(info) + "\n":
+    if (out / INFO).is_file() and (out / INFO).read_bytes() != (json.dumps(info) + "\n").encode():
         raise InputError(f"{out}: holds another manifest, or was encoded otherwise; give another --out, or remove it")
     (out / INFO).write_text(json.dumps(info) + "\n")
     shards = {n: items[start : start + SHARD] for n, start in enumerate(range(0, len(items), SHARD))}

@@ -20,10 +20,11 @@ from speechllm.errors import InputError
 from train.codec_measures import CHANGES, Judge, fidelity, same_codes, speech_of, speed, use
 from train.codec_probes import Clip, Heard, ProbeSettings, letters, read_trait, read_words
 from train.codec_report import ENCODEC, LOG_MEL, ORIGINAL, write_report
-from train.codec_selection import halves, pick, unseen_speakers
+from train.codec_selection import all_speakers, halves, pick, unseen_speakers
 from train.config import Settings, read_config
 from train.resumable import Advance, Store, Unit
 
+SENTENCE = 4  # words
 Name = Annotated[str, Field(pattern="^[^/|]+$")]  # becomes part of a key and of a table
 Groups = Annotated[dict[Name, list[Path]], Field(min_length=1, description="reported apart: name -> manifests")]
 TRAIT_PROBE = ProbeSettings(steps=400, dim=96, depth=2, kernel=5, learning_rate=1e-3, dropout=0.2, short_first=0)
@@ -39,6 +40,7 @@ class WordSettings(Settings):
 
 class SpeakerSettings(Settings):
     tests: Groups
+    foreign: dict[Name, list[Path]] = Field({}, description="as tests, but all splits: sets no codec was trained on")
     clips: int = Field(60, ge=2, description="at most, of each speaker")
     least: int = Field(8, ge=1, description="clips of a speaker in each half")
     repeats: int = Field(3, ge=1, description="probes with different seeds; their mean counts")
@@ -125,15 +127,18 @@ def word_units(codecs: dict[str, Codec], settings: WordSettings, seed: int) -> I
     what = "an English text of letters"
     train = pick(settings.train, "train", settings.train_clips, seed, said, what)
     tests = {g: pick(paths, "test", settings.test_clips, seed, said, what) for g, paths in settings.tests.items()}
+    asked = {said(item) for items in tests.values() for item in items}
+    # words alone are the same everywhere; sentences are not to be known from training
+    train = [item for item in train if said(item) not in asked or len(said(item).split()) < SENTENCE]
     clips = len(train) + sum(map(len, tests.values()))
 
     def run(heard: Heard, books: tuple[int, ...] | None, advance: Advance) -> dict[str, Any]:
         learnt = heard_clips(heard, train, said, books, advance)
-        asked = {group: heard_clips(heard, items, said, books, advance) for group, items in tests.items()}
+        heard_tests = {group: heard_clips(heard, items, said, books, advance) for group, items in tests.items()}
         return {
             "train_clips": len(train),
             "steps": settings.probe.steps,
-            "tests": read_words(learnt, asked, heard.card, heard.frame_rate, settings.probe, seed, advance),
+            "tests": read_words(learnt, heard_tests, heard.card, heard.frame_rate, settings.probe, seed, advance),
         }
 
     def choose(n_q: int) -> list[tuple[int, ...]]:
@@ -170,11 +175,10 @@ def trait_units(
 
 
 def speaker_units(codecs: dict[str, Codec], settings: SpeakerSettings, seed: int) -> Iterator[Unit]:
-    """Who speaks, among speakers the codec never heard."""
-    tasks = {
-        group: halves(unseen_speakers(paths, settings.clips, seed), settings.least)
-        for group, paths in settings.tests.items()
-    }
+    """Who speaks, among the speakers of a group, who are in no other split of their set."""
+    groups = {group: unseen_speakers(paths, settings.clips, seed) for group, paths in settings.tests.items()}
+    groups |= {group: all_speakers(paths, settings.clips, seed) for group, paths in settings.foreign.items()}
+    tasks = {group: halves(items, settings.least) for group, items in groups.items()}
     return trait_units(codecs, tasks, lambda i: i.utterance.speaker or "", settings.probe, settings.repeats, seed)
 
 
@@ -268,7 +272,8 @@ def evaluate(config: CodecEvaluation, parts: list[str]) -> str:
         InputError: a codec or a manifest cannot be used, or the out folder holds results of other settings.
     """
     codecs: dict[str, Codec] = {name: load_codec(folder) for name, folder in config.codecs.items()}
-    weights = {f"codec {name}": codec.fingerprint(codec.n_q) for name, codec in codecs.items()}
+    judged = {"first codec": next(iter(codecs))}
+    weights = judged | {f"codec {name}": codec.fingerprint(codec.n_q) for name, codec in codecs.items()}
     stores = {}
     for name in PARTS:
         of = {"settings": getattr(config, name).model_dump(mode="json"), "seed": config.seed, **weights}

@@ -37,7 +37,8 @@ class Store:
         if path.exists():
             try:
                 kept = json.loads(path.read_text(encoding="utf-8"))
-            except json.JSONDecodeError as error:
+                kept = {"of": dict(kept["of"]), "results": dict(kept["results"])}
+            except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{path}: damaged ({error}); delete it to measure again") from error
         if changed := [name for name, value in of.items() if kept["of"].get(name, value) != value]:
             what = ", ".join(changed)

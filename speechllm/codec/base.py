@@ -41,7 +41,7 @@ class Codec(ABC):
 
     @abstractmethod
     def fingerprint(self, n_q: int) -> str:
-        """Short hash of the weights that decide the first ``n_q`` codes: equal where equal audio gives equal codes."""
+        """Short hash of the weights the first ``n_q`` codes come from: codecs that give other codes differ in it."""
 
     @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:
@@ -52,6 +52,15 @@ class Codec(ABC):
         if n_q is not None and not 1 <= n_q <= self.n_q:
             raise InputError(f"n_q = {n_q}: this codec has 1 to {self.n_q} codebooks")
         return n_q or self.n_q
+
+
+def code_entropy(codes: Tensor) -> list[float]:
+    """Entropy in bits of each codebook's histogram, codes ``[n_q, frames]``: ``log2(card)`` if all are used alike."""
+    entropies = []
+    for row in codes:
+        share = row.unique(return_counts=True)[1].double() / len(row)
+        entropies.append(float(-(share * share.log2()).sum()) + 0.0)  # no -0.0
+    return entropies
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:

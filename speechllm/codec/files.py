@@ -101,9 +101,9 @@ def _check_codec(path: Path, header: CodesHeader, codec: Codec, stored: Tensor) 
         kind = f"{str(stored.dtype).removeprefix('torch.')} {list(stored.shape)}"
         raise InputError(f"{path}: damaged: its codes are {kind}, not whole numbers [codebooks, frames]")
     n_q, frames = stored.shape
-    if header.samples > frames * header.hop_length:
+    if not (frames - 1) * header.hop_length < header.samples <= frames * header.hop_length:
         raise InputError(
-            f"{path}: damaged: {frames} frames of {header.hop_length} samples cannot hold {header.samples} samples"
+            f"{path}: damaged: {header.samples} samples do not take {frames} frames of {header.hop_length} samples"
         )
     theirs = (header.sample_rate, header.hop_length, header.card)
     same = theirs == (codec.sample_rate, codec.hop_length, codec.card) and n_q <= codec.n_q

@@ -14,6 +14,7 @@ N_FFT, WIN_LENGTH, MEL_HOP = 512, 400, 160
 FLOOR = 1e-6  # of the mel power; about -90 dBFS for white noise
 LEVEL_FLOOR = 1e-3  # of the mel power, about -60 dBFS: below it a clip counts as silent and is not turned up
 LEVEL_REACH = 100  # columns on either side among which the loudest sets the level
+SILENT = (math.log(FLOOR) + 2.0) / 4.0  # what a column of zeros looks like; see scale_log
 RANGE = 11.5  # natural log of the power ratio (50 dB) that is kept below the level
 
 
@@ -45,7 +46,8 @@ def unscale_log(feature: Tensor) -> Tensor:
 def relative_to_level(feature: Tensor) -> Tensor:
     """Scaled log-mel ``[B, columns, n_mels]`` with the level of the loudest moment within a second taken off.
 
-    A clip that is played louder or softer gives the same result, and what is 50 dB below that level is silence.
+    A clip that is played louder or softer gives the same result, down to about -40 dBFS, and what is 50 dB below that
+    level is silence.
     """
     log_power = unscale_log(feature)
     energy = log_power.logsumexp(-1).unsqueeze(1) - math.log(feature.shape[-1])  # [B, 1, columns]

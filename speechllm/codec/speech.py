@@ -172,11 +172,7 @@ class SpeechCodec(nn.Module, Codec):
             InputError: a codebook asked for does not exist or has not been trained.
         """
         n_q = self.check_n_q(n_q)
-        part = (
-            self.semantic.quantizer if n_q == 1 else nn.ModuleList([self.semantic.quantizer, self.acoustic.quantizer])
-        )
-        if not all(flag.all() for name, flag in part.named_buffers() if name.endswith("initted")):
-            raise InputError("the codec's codebooks are not trained: run python -m train.codec, both stages")
+        self.check_trained(n_q)
         frames = -(-wav.shape[-1] // self.hop_length)
         reach = self.semantic.reach + self.acoustic.stack.reach + 4  # 4: mel windows and Downsample
         pieces = []
@@ -185,6 +181,13 @@ class SpeechCodec(nn.Module, Codec):
             codes = self._encode_piece(F.pad(piece, (0, (right - left) * self.hop_length - piece.shape[-1])), n_q)
             pieces.append(codes[:, kept])
         return torch.cat(pieces, dim=1)
+
+    def check_trained(self, n_q: int) -> None:
+        """Raises InputError when one of the first ``n_q`` codebooks has not been trained."""
+        quantizers = [self.semantic.quantizer, self.acoustic.quantizer][: 1 if n_q == 1 else 2]
+        flags = [flag for q in quantizers for name, flag in q.named_buffers() if name.endswith("initted")]
+        if not all(flag.all() for flag in flags):
+            raise InputError("the codec's codebooks are not trained: run python -m train.codec, both stages")
 
     def _encode_piece(self, wav: Tensor, n_q: int) -> Tensor:  # [1, samples] -> [n_q, frames]
         mel = self.mel(wav)

@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import soundfile
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor
 from speechllm.audio import resample
 
 MP3_KBITS, OPUS_KBITS = (16, 64), (8, 32)
+MP3_DELAY = 576 + 529  # samples, of encoder and decoder
+OPUS_RATES = (8000, 12000, 16000, 24000, 48000)
+RT60 = (0.15, 0.7)  # seconds: how long a room takes to decay by 60 dB
 
 
 def _generator(rng: Random) -> torch.Generator:
@@ -63,9 +67,13 @@ def band_limit(wav: Tensor, sample_rate: int, rng: Random) -> Tensor:
     return torch.fft.irfft(spectrum * kept, wav.shape[-1])
 
 
-def room(wav: Tensor, sample_rate: int, rng: Random) -> Tensor:
-    """A simulated room: the direct sound and exponentially decaying diffuse noise (Polack 1988), RT60 0.15 to 0.7 s."""
-    rt60 = rng.uniform(0.15, 0.7)
+def room(wav: Tensor, sample_rate: int, rng: Random, rt60: float | None = None) -> Tensor:
+    """A simulated room: the direct sound and exponentially decaying diffuse noise (Polack 1988), RT60 0.15 to 0.7 s.
+
+    Calls with one ``rt60`` (seconds) put what they are given at different places of the same room.
+    """
+    if rt60 is None:
+        rt60 = rng.uniform(*RT60)
     seconds = torch.arange(round(rt60 * sample_rate)) / sample_rate
     response = torch.randn(seconds.shape, generator=_generator(rng)) * torch.exp(-math.log(1000) / rt60 * seconds)
     response[: round(0.003 * sample_rate)] = 0.0
@@ -85,15 +93,23 @@ def round_trip(wav: Tensor, sample_rate: int, rng: Random) -> Tensor:
 
 def compressed(wav: Tensor, sample_rate: int, codec: str, kbits: float) -> Tensor:
     """``wav`` through "MP3" or "OPUS" at about ``kbits`` kbit/s. Beyond full scale the file formats clip: not here."""
-    low, high = (8, 160) if codec == "MP3" else (6, 256)  # what libsndfile's compression levels 1 and 0 mean
-    settings = {"format": "MP3"} if codec == "MP3" else {"format": "OGG", "subtype": "OPUS"}
+    if codec == "OPUS" and sample_rate not in OPUS_RATES:
+        coded = compressed(resample(wav, sample_rate, max(OPUS_RATES)), max(OPUS_RATES), codec, kbits)
+        return resample(coded, max(OPUS_RATES), sample_rate)[:, : wav.shape[-1]]
+    mp3 = (8, 160) if sample_rate < 32000 else (32, 320)  # MPEG-2, MPEG-1
+    low, high = mp3 if codec == "MP3" else (6, 256)  # what libsndfile's compression levels 1 and 0 mean
+    kbits = min(max(kbits, low), high)
+    settings: dict[str, Any] = {"format": "OGG", "subtype": "OPUS"}
+    if codec == "MP3":
+        settings = {"format": "MP3", "bitrate_mode": "CONSTANT"}
     loudest = wav.abs().max().clamp_min(1.0)
+    settings["compression_level"] = 0.999 * (high - kbits) / (high - low)
     file = io.BytesIO()
-    soundfile.write(
-        file, (wav / loudest)[0].numpy(), sample_rate, compression_level=(high - kbits) / (high - low), **settings
-    )
+    soundfile.write(file, (wav / loudest)[0].numpy(), sample_rate, **settings)
     file.seek(0)
     read = torch.from_numpy(soundfile.read(file, dtype="float32")[0])[None]
+    if codec == "MP3" and read.shape[-1] > wav.shape[-1]:
+        read = read[:, MP3_DELAY:]  # LAME leaves no room for the header that tells it where frames are small
     return F.pad(read, (0, max(0, wav.shape[-1] - read.shape[-1])))[:, : wav.shape[-1]] * loudest
 
 
