@@ -35,7 +35,7 @@ class WordSettings(Settings):
     tests: Groups
     train_clips: int = Field(1500, ge=1, description="at most, of each manifest")
     test_clips: int = Field(200, ge=1, description="at most, of each manifest")
-    probe: ProbeSettings = ProbeSettings(steps=1200, batch_seconds=40, short_first=300)
+    probe: ProbeSettings = ProbeSettings(steps=1000, batch_seconds=40, short_first=300)
 
 
 class SpeakerSettings(Settings):
