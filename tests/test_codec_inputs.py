@@ -71,7 +71,7 @@ def test_silence_is_coded_as_silence(codec: Codec, level: float, tmp_path: Path)
     assert codes.shape == (codec.n_q, 250)
     inner = codes[0, 90:-90]  # further from the ends than the encoder sees
     assert (inner == inner[0]).all()
-    assert codec.decode(codes)[:, 4 * RATE : -4 * RATE].square().mean().sqrt() < 0.01
+    assert codec.decode(codes)[:, 4 * RATE : -4 * RATE].square().mean().sqrt() < 0.05
 
 
 @pytest.mark.parametrize("samples", [1, 160, 639, 641])

@@ -20,7 +20,8 @@ from speechllm.data.manifest import read_manifest
 from speechllm.data.recorded import Caption
 from speechllm.data.synthesis import SAMPLE_RATE, VOICES, Voice, speak, voices
 from speechllm.errors import InputError
-from train.synthesize import DIGITS, Plan, digits_text, fragment_of, indices_done, main, make
+from train.making import indices_done
+from train.synthesize import DIGITS, Plan, digits_text, fragment_of, main, make
 
 BY_NAME = {voice.name: voice for voice in VOICES}
 CAPTIONS = ("A man in a red hat & scarf, waiting.", "Two dogs run.", "A boy jumps into the lake.", "She sings.")

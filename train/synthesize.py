@@ -5,10 +5,7 @@ corpus. Train utterances vary in voice, rate, pitch, level and noise; dev and te
 splits speak in turn, each its own captions.
 """
 
-import json
-import multiprocessing
 import re
-import signal
 import string
 from collections import Counter
 from dataclasses import dataclass
@@ -17,17 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import numpy as np
-import soundfile
-import torch
 import typer
 from rich.console import Console
 
 from speechllm.data.ambience import nonspeech, recorded_noise, room_for
-from speechllm.data.manifest import Split, Utterance, append, read_manifest
+from speechllm.data.manifest import Split
 from speechllm.data.recorded import Caption, read_captions
 from speechllm.data.synthesis import SAMPLE_RATE, Engine, EngineError, Voice, require_voice, speak, voices
 from speechllm.errors import InputError
-from train.loop import progress_bar
+from train.making import Outcome, make_corpus, plain_errors, report, write_utterance
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 RATES, PITCHES = (0.85, 1.2), (0.9, 1.1)  # factors
@@ -36,7 +31,6 @@ CLEAN_LEVEL_DB = -23.0  # of dev and test
 NOISE_SHARE, SNRS_DB = 0.3, (10.0, 30.0)
 MAX_FRAGMENT = 4  # words
 MAX_DIGITS = 6
-REPORTED_FAILURES = 5
 
 
 @dataclass(frozen=True)
@@ -68,14 +62,6 @@ class Plan:
 
     def voices(self) -> list[Voice]:
         return [voice for voice in voices(self.split, self.language) if voice.engine in self.engines]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One utterance made, or why it was not."""
-
-    utterance: Utterance | None
-    failure: str = ""
 
 
 def fragment_of(text: str, rng: np.random.Generator) -> str:
@@ -111,7 +97,7 @@ def make(plan: Plan, index: int) -> Outcome:
     """Speak and write utterance `index`."""
     rng = np.random.default_rng([plan.seed, 0, index])
     if plan.text == "nonspeech":
-        return Outcome(_write(plan, index, nonspeech(plan.noise, rng), text=""))
+        return Outcome(write_utterance(plan, index, nonspeech(plan.noise, rng), SAMPLE_RATE, text=""))
     labels: dict[str, str | int | float] = {}
     translations: dict[str, str] = {}
     if plan.captions:
@@ -141,53 +127,9 @@ def make(plan: Plan, index: int) -> Outcome:
         return Outcome(None, f"utterance {index}: {error}")
     wav = room_for(speech, level_db, snr_db, plan.noise, rng)
     known = {"speaker": voice.name, "gender": voice.gender, "language": plan.language}
-    return Outcome(_write(plan, index, wav, text=text, translations=translations, labels=labels, **known))
-
-
-def _write(plan: Plan, index: int, wav: np.ndarray, **known: Any) -> Utterance:
-    """Write the audio [samples] and say what is known about it."""
-    audio = f"audio/{index // 1000:03d}/{index:07d}.flac"
-    path = plan.out / audio
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, wav, SAMPLE_RATE, subtype="PCM_16")
-    duration = round(len(wav) / SAMPLE_RATE, 4)
-    return Utterance(
-        id=f"{plan.name}/{index}", audio=audio, duration=duration, split=plan.split, source=plan.name, **known
+    return Outcome(
+        write_utterance(plan, index, wav, SAMPLE_RATE, text=text, translations=translations, labels=labels, **known)
     )
-
-
-_plan: Plan | None = None  # of this worker process
-
-
-def _start_worker(plan: Plan) -> None:
-    global _plan
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    torch.set_num_threads(1)
-    _plan = plan
-
-
-def _work(index: int) -> Outcome:
-    assert _plan is not None
-    return make(_plan, index)
-
-
-def indices_done(manifest: Path) -> set[int]:
-    """Indices in a manifest of an earlier run; a last line cut short by a kill is removed from the file."""
-    if not manifest.exists():
-        return set()
-    content = manifest.read_bytes()
-    if not content.endswith(b"\n"):
-        manifest.write_bytes(content[: content.rfind(b"\n") + 1])
-    return {int(utterance.id.rpartition("/")[2]) for utterance in read_manifest(manifest)}
-
-
-def keep_settings(plan: Plan) -> None:
-    """Write what the corpus follows from beside it; InputError when the folder holds a corpus of other settings."""
-    path = plan.out / "settings.json"
-    settings = json.dumps(plan.settings(), indent=1) + "\n"
-    if path.is_file() and path.read_text(encoding="utf-8") != settings:
-        raise InputError(f"{path}: a corpus made with other settings is here: give another --out, or remove it")
-    path.write_text(settings, encoding="utf-8")
 
 
 def synthesize(plan: Plan, count: int, jobs: int, console: Console) -> Counter[str]:
@@ -201,28 +143,7 @@ def synthesize(plan: Plan, count: int, jobs: int, console: Console) -> Counter[s
         require_voice(voice)
     if plan.noise is not None:
         recorded_noise(plan.noise)
-    plan.out.mkdir(parents=True, exist_ok=True)
-    keep_settings(plan)
-    manifest = plan.out / "manifest.jsonl"
-    done = indices_done(manifest)
-    missing = [index for index in range(count) if index not in done]
-    tally = Counter(kept=count - len(missing), made=0, failed=0)
-    context = multiprocessing.get_context("spawn")  # a forked torch may hang
-    with (
-        progress_bar(console) as progress,
-        context.Pool(min(jobs, max(len(missing), 1)), _start_worker, (plan,)) as pool,
-    ):
-        task = progress.add_task(plan.name, total=count, completed=count - len(missing))
-        for outcome in pool.imap(_work, missing, chunksize=4):
-            if outcome.utterance is None:
-                tally["failed"] += 1
-                if tally["failed"] <= REPORTED_FAILURES:
-                    console.print(f"failed: {outcome.failure}", markup=False)
-            else:
-                append(manifest, outcome.utterance)
-                tally["made"] += 1
-            progress.advance(task)
-    return tally
+    return make_corpus(plan, make, count, jobs, console)
 
 
 def main(
@@ -241,7 +162,7 @@ def main(
 ) -> None:
     """Make a corpus of synthetic speech."""
     console = Console(stderr=True)
-    try:
+    with plain_errors(out):
         engines = tuple(engine or get_args(Engine))
         if unknown := set(engines) - set(get_args(Engine)):
             raise InputError(f"--engine {' '.join(sorted(unknown))}: give any of {', '.join(get_args(Engine))}")
@@ -254,16 +175,7 @@ def main(
                 raise InputError(f"{text}: no caption in {language}")
         plan = Plan(out.resolve().name, out, text, captions, language, split, fragments, seed, noise, engines)
         tally = synthesize(plan, count, jobs, console)
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt:
-        typer.echo(f"stopped; the same command goes on from {out}", err=True)
-        raise typer.Exit(130) from None
-    summary = f"{out}: {tally['made']} made, {tally['kept']} kept from before, {tally['failed']} failed"
-    typer.echo(summary, err=bool(tally["failed"]))
-    if tally["failed"]:
-        raise typer.Exit(1)
+    report(out, tally)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,23 @@ def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
         file.writelines(_line(utterance) for utterance in utterances)
 
 
+def audio_bytes(utterance: Utterance, root: str | Path) -> bytes:
+    """The utterance's audio file as it is, from its path or its tar; `root` is the manifest's folder.
+
+    Raises InputError when a file cannot be read or the tar ends before the member does.
+    """
+    path = Path(root) / (utterance.audio if utterance.tar is None else utterance.tar)
+    try:
+        with path.open("rb") as file:
+            file.seek(utterance.tar_offset or 0)
+            content = file.read(-1 if utterance.tar_size is None else utterance.tar_size)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    if utterance.tar_size is not None and len(content) < utterance.tar_size:
+        raise InputError(f"{path}: ends before member {utterance.audio} does; fetch the file again")
+    return content
+
+
 def load_wav(utterance: Utterance, root: str | Path, sample_rate: int) -> Tensor:
     """The utterance's audio, float32 [1, samples] at `sample_rate`; `root` is the manifest's folder.
 
@@ -136,18 +153,8 @@ def load_wav(utterance: Utterance, root: str | Path, sample_rate: int) -> Tensor
     root = Path(root)
     if utterance.tar is None:
         return read_audio(root / utterance.audio, sample_rate)
-    assert utterance.tar_offset is not None
-    assert utterance.tar_size is not None
-    tar = root / utterance.tar
-    try:
-        with tar.open("rb") as file:
-            file.seek(utterance.tar_offset)
-            content = file.read(utterance.tar_size)
-    except OSError as error:
-        raise InputError(f"{tar}: cannot be read ({error.strerror})") from error
-    if len(content) < utterance.tar_size:
-        raise InputError(f"{tar}: ends before member {utterance.audio} does; fetch the file again")
+    content = audio_bytes(utterance, root)
     try:
         return read_audio(io.BytesIO(content), sample_rate)
     except InputError as error:
-        raise InputError(f"{tar}, member {utterance.audio}: {error}") from error
+        raise InputError(f"{root / utterance.tar}, member {utterance.audio}: {error}") from error
