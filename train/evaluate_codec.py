@@ -95,12 +95,12 @@ def firsts(n_q: int, counts: tuple[int, ...]) -> list[tuple[int, ...]]:
 def inputs(
     codecs: dict[str, Codec], choose: Callable[[int], list[tuple[int, ...]]], level: bool
 ) -> Iterator[tuple[str, Heard, tuple[int, ...] | None]]:
-    """What probes are trained on: key, where frames come from (kept until the next codec's turn), codebooks."""
+    """What probes are trained on: key, where frames come from, codebooks; the codecs take turns."""
     yield LOG_MEL, Heard(None, level), None
-    for name, codec in codecs.items():
-        heard = Heard(codec)
-        for books in choose(codec.n_q):
-            yield f"{name}/{books_label(books)}", heard, books
+    heard = {name: Heard(codec) for name, codec in codecs.items()}
+    chosen = [(turn, name, books) for name, codec in codecs.items() for turn, books in enumerate(choose(codec.n_q))]
+    for _, name, books in sorted(chosen, key=lambda choice: choice[0]):
+        yield f"{name}/{books_label(books)}", heard[name], books
 
 
 def heard_clips(
@@ -142,7 +142,7 @@ def word_units(codecs: dict[str, Codec], settings: WordSettings, seed: int) -> I
         }
 
     def choose(n_q: int) -> list[tuple[int, ...]]:
-        return [(b,) for b in range(n_q)] + firsts(n_q, (2, 4, 8))
+        return [(0,), *firsts(n_q, (2, 4, 8)), *((b,) for b in range(1, n_q))]
 
     for key, heard, books in inputs(codecs, choose, level=False):
         yield Unit(key, clips + settings.probe.steps, partial(run, heard, books))
