@@ -1,0 +1,171 @@
+"""Make a manifest of one's own data: ``python -m train.import_data SOURCE --out DIR``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from speechllm.data.imports import Columns, Importer, find_columns, hold_out, parse_columns, split_of
+from speechllm.data.manifest import Split, Utterance, write_manifest
+from speechllm.data.sources import Source, read_source
+from speechllm.errors import InputError
+from train.loop import progress_bar
+
+REPORTED = 5  # bad rows listed before a failure
+MANIFEST = "manifest.jsonl"
+
+
+def fixed_split(source: Source, columns: Columns, split: Split | None, held_out: float | None) -> Split | None:
+    """The split of every row; None where each row has its own.
+
+    Raises:
+        InputError: the data have splits of their own and one is given besides, or theirs is none of ours.
+    """
+    given = "--split" if split else "--held-out"
+    if "split" in columns.known:
+        if split or held_out:
+            column = columns.known["split"]
+            raise InputError(f"{given}: column {column!r} has the splits; leave {given} out, or add --columns split=")
+        return None
+    for name in source.splits:
+        if not split_of(name) and not (split and len(source.splits) == 1):
+            raise InputError(
+                f"{source.name}: split {name!r} is none of train, validation and test; take it by --hub-split {name} "
+                "--split train, or another by --hub-split"
+            )
+    if len(source.splits) > 1:
+        if split or held_out:
+            names = ", ".join(source.splits)
+            raise InputError(f"{given}: {source.name} has the splits {names}; leave it out, or add --hub-split NAME")
+        return None
+    only = split or (split_of(source.splits[0]) if source.splits else "train")
+    if held_out and only != "train":
+        raise InputError(f"--held-out: takes from the train split, and these rows are in {only}; leave it out")
+    return only
+
+
+def import_rows(source: Source, importer: Importer, skip_bad: bool, console: Console) -> list[Utterance]:
+    """All rows as utterances; each bad one is named on ``console``.
+
+    Raises:
+        InputError: a row is bad and ``skip_bad`` is not given, or none is left.
+    """
+    utterances: list[Utterance] = []
+    bad = 0
+    with progress_bar(console) as bar:
+        task = bar.add_task(f"import {source.name}", total=source.count)
+        for index, row in enumerate(source.rows):
+            try:
+                utterances.append(importer.utterance(index, row))
+            except InputError as error:
+                bad += 1
+                if skip_bad or bad <= REPORTED:
+                    verb = "skipped" if skip_bad else "bad"
+                    # One line however narrow the terminal: it is made to be searched.
+                    console.print(f"{verb}: {row.where}: {error}", markup=False, highlight=False, soft_wrap=True)
+            bar.advance(task)
+    rows = f"{bad} of {source.count} rows"
+    if bad and not skip_bad:
+        listed = f"the first {REPORTED} are listed above" if bad > REPORTED else "listed above"
+        raise InputError(f"{source.name}: {rows} cannot be used, {listed}; mend them, or leave them out by --skip-bad")
+    if bad:
+        console.print(f"skipped {rows}", markup=False, highlight=False)
+    if not utterances:
+        raise InputError(f"{source.name}: no row can be used")
+    return utterances
+
+
+def import_data(
+    source: Source,
+    columns: Columns,
+    out: Path,
+    language: str | None,
+    split: Split | None,
+    held_out: float | None,
+    skip_bad: bool,
+    console: Console,
+) -> list[Utterance]:
+    """Write the manifest, and the audio that is not in files of its own; all of it or nothing."""
+    importer = Importer(source, columns, out, language, fixed_split(source, columns, split, held_out))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        utterances = import_rows(source, importer, skip_bad, console)
+        if held_out:
+            utterances = hold_out(utterances, held_out)
+        new = out / f"{MANIFEST}.new"
+        write_manifest(new, utterances)
+        importer.finish()
+        new.replace(out / MANIFEST)
+    except OSError as error:
+        where = error.filename or out
+        raise InputError(f"{where}: cannot be written ({error.strerror or error}); give another --out") from error
+    finally:
+        importer.discard()
+    if importer.not_scalar:
+        console.print(
+            f"not used, as they hold no single values: {', '.join(sorted(importer.not_scalar))}", markup=False
+        )
+    return utterances
+
+
+def main(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="a table with a header (.csv, .tsv) or of JSON objects (.jsonl), a .parquet file, a folder that the "
+            "datasets library opens or has saved, or a name on the hub"
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help=f"folder for {MANIFEST} and, where audio is not in files, audio/")],
+    split: Annotated[Split | None, typer.Option(help="of all rows, where the data do not say; else train")] = None,
+    language: Annotated[str | None, typer.Option(help="of rows that do not say theirs, for instance en")] = None,
+    columns: Annotated[
+        str,
+        typer.Option(
+            help="NAME=COLUMN,…: audio, text, speaker, gender, language, intent, emotion, split or any label; found by "
+            "common names unless given; NAME= uses none"
+        ),
+    ] = "",
+    hub_split: Annotated[str | None, typer.Option(help="the one split of a data set to take; all unless given")] = None,
+    config: Annotated[str | None, typer.Option(help="configuration of a data set on the hub")] = None,
+    held_out: Annotated[
+        float | None,
+        typer.Option(help="share of the speakers (of the sentences, where no speakers are known) that goes to dev"),
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out rows that cannot be used")] = False,
+) -> None:
+    """Make a manifest of one's own data. Audio files stay where they are; their paths are relative to the manifest."""
+    console = Console(stderr=True)
+    try:
+        if (out / MANIFEST).exists():
+            raise InputError(f"{out / MANIFEST}: is there already; give another --out, or remove it")
+        if held_out is not None and not 0 < held_out < 1:
+            raise InputError(f"--held-out {held_out:g}: give a share between 0 and 1, for instance 0.05")
+        given = parse_columns(columns)
+        rows = read_source(source, config, hub_split)
+        found = find_columns(rows, given)
+        for name, column in (found.known | {f"label {name}": column for name, column in found.labels.items()}).items():
+            console.print(f"{name} <- {column}", markup=False, highlight=False)
+        if found.unused:
+            console.print(f"not used: {', '.join(filter(None, found.unused)) or '(no name)'}", markup=False)
+        utterances = import_data(rows, found, out, language, split, held_out, skip_bad, console)
+    except InputError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        typer.echo("stopped; nothing was written", err=True)
+        raise typer.Exit(130) from error
+    splits = ", ".join(f"{count} {name}" for name, count in Counter(u.split for u in utterances).items())
+    speakers = len({u.speaker for u in utterances if u.speaker})
+    hours = sum(u.duration for u in utterances) / 3600
+    typer.echo(f"{out / MANIFEST}: {splits}; {hours:.2f} hours, {speakers or 'no'} speakers named")
+    if silent := sum(u.text is not None and not u.text.strip() for u in utterances):
+        typer.echo(f"{silent} with an empty text: taken as audio without speech", err=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
