@@ -26,6 +26,7 @@ class Task(ABC):
 
     wordings: instructions used in training. held_out: instructions never trained on, to test unseen wordings.
     listens: whether the answer comes from the audio; otherwise the instruction holds all that is needed.
+    marks: whether answers hold marks of times or speakers.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Task(ABC):
     wordings: tuple[str, ...]
     held_out: tuple[str, ...]
     listens: bool = True
+    marks: bool = False
 
     def argument(self, facts: Facts, rng: Random) -> str | None:
         """What to ask about: the filling of the gap, "" for wordings without one; None where there is nothing."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from speechllm.tasks.answer import Facts, ParsedAnswer, Part, Parts, Segment, Speaker, Time
+from speechllm.tasks.answer import Facts, ParsedAnswer, Part, Parts, Segment, Speaker, Time, shown
 from speechllm.tasks.base import Task, collapsed, words_of
 
 NO_SPEECH = "no speech"
@@ -20,6 +20,7 @@ class Timed(Task):
     speakers: whether segments begin with their speaker's mark. words: whether they hold words.
     """
 
+    marks: bool = True
     speakers: bool = False
     words: bool = True
 
@@ -40,7 +41,7 @@ class Timed(Task):
         return tuple(parts)
 
     def read(self, parts: Parts) -> ParsedAnswer:
-        """Segments that are whole and in order; the rest is told as faults, its words stay in ``text``."""
+        """Segments that are whole and in order; the rest is told as faults. ``text`` is the answer as written."""
         segments: list[Segment] = []
         faults: list[str] = []
         speaker: int | None = None
@@ -68,7 +69,7 @@ class Timed(Task):
                 begun, words = None, ""
         if begun is not None:
             faults.append(f"a segment that begins at {begun:.2f} s has no end")
-        return ParsedAnswer(words_of(parts), tuple(segments), faults=tuple(faults))
+        return ParsedAnswer(shown(parts), tuple(segments), faults=tuple(faults))
 
     def _fault(self, before: list[Segment], speaker: int | None, start: float, end: float, words: str) -> str | None:
         where = f"the segment from {start:.2f} to {end:.2f} s"
@@ -86,6 +87,8 @@ class Timed(Task):
 @dataclass(frozen=True)
 class VoiceActivity(Task):
     """When anybody speaks: ``time time`` for each stretch, or "no speech"."""
+
+    marks: bool = True
 
     def write(self, facts: Facts, argument: str = "") -> Parts | None:
         if not facts.segments:
@@ -108,7 +111,7 @@ class VoiceActivity(Task):
             faults.append("a speaker's mark")
         if words != (NO_SPEECH if not times else ""):
             faults.append(f"{words!r} where times, or {NO_SPEECH!r}, were to come" if words else "nothing")
-        return ParsedAnswer(words if words == NO_SPEECH and not times else "", tuple(segments), faults=tuple(faults))
+        return ParsedAnswer(shown(parts), tuple(segments), faults=tuple(faults))
 
 
 def union(segments: Iterable[Segment]) -> list[tuple[float, float]]:
