@@ -17,8 +17,8 @@ from speechllm.audio import read_audio, to_seconds
 from speechllm.checkpoint import Checkpoint
 from speechllm.errors import InputError
 from speechllm.generate import Completion, generate
-from speechllm.prompt import Example, answer_text, render
-from speechllm.tasks import ParsedAnswer, Segment, find_task, normalize_instruction
+from speechllm.prompt import Example, answer_parts, render
+from speechllm.tasks import TASKS, Parts, Segment, Task, Time, find_task, normalize_instruction
 
 FinishReason = Literal["stop", "length", "no_speech"]
 
@@ -29,7 +29,8 @@ class Answer:
 
     text: the whole answer; of audio longer than the checkpoint's `max_audio_seconds`, which is answered span by span
         (see `serve.segmentation`), the answers of the spans joined by a space.
-    segments: one for each span with an answer, its times in seconds from the start of the file.
+    segments: those the answer tells, where the task tells any; else one for each span with an answer. Times are in
+        seconds from the start of the file. Speakers are numbered anew in each span.
     label: the answer's label where the task has labels and all spans agree on it.
     confidence: exp of the mean log-probability of all ids generated, within [0, 1]; 1 when the model was not asked.
     seconds_consumed: what was put before the model or found to hold no speech. Equal to seconds_in: no part of a file
@@ -109,8 +110,9 @@ class Answerer:
         self._checkpoint = checkpoint
         self._batch_size = batch_size
         ids = torch.arange(checkpoint.vocabulary.size)
-        self._allowed = checkpoint.vocabulary.is_text(ids) | (ids == checkpoint.vocabulary.end)  # [vocabulary]
-        self._allowed[checkpoint.text.unknown_id] = False
+        self._plain = checkpoint.vocabulary.is_text(ids) | (ids == checkpoint.vocabulary.end)  # [vocabulary]
+        self._plain[checkpoint.text.unknown_id] = False
+        self._marked = self._plain | checkpoint.vocabulary.is_mark(ids)
 
     def ask(self, files: Sequence[str], instruction: str, shots: Sequence[Example] = ()) -> Iterator[Answer | Failure]:
         """One answer per file, in the order given, each as soon as it and those before it are there.
@@ -122,9 +124,11 @@ class Answerer:
         instruction = normalize_instruction(instruction)
         nothing = torch.zeros(self._checkpoint.vocabulary.n_q, 0, dtype=torch.int64)
         self._prompt(nothing, instruction, shots)
-        return self._answers(files, instruction, shots)
+        return self._answers(files, instruction, shots, find_task(instruction) or TASKS["transcribe"])
 
-    def _answers(self, files: Sequence[str], instruction: str, shots: Sequence[Example]) -> Iterator[Answer | Failure]:
+    def _answers(
+        self, files: Sequence[str], instruction: str, shots: Sequence[Example], task: Task
+    ) -> Iterator[Answer | Failure]:
         clips: deque[_Clip | Failure] = deque()  # read, not yet given back
         waiting: list[_Span] = []
         for file in files:
@@ -136,20 +140,20 @@ class Answerer:
                 clips.append(clip)
                 waiting += clip.spans
             while len(waiting) >= self._batch_size:
-                self._complete(waiting[: self._batch_size])
+                self._complete(waiting[: self._batch_size], task)
                 del waiting[: self._batch_size]
-            yield from self._finished(clips, instruction)
-        self._complete(waiting)
-        yield from self._finished(clips, instruction)
+            yield from self._finished(clips, instruction, task)
+        self._complete(waiting, task)
+        yield from self._finished(clips, instruction, task)
 
-    def _finished(self, clips: deque[_Clip | Failure], instruction: str) -> Iterator[Answer | Failure]:
+    def _finished(self, clips: deque[_Clip | Failure], instruction: str, task: Task) -> Iterator[Answer | Failure]:
         """Takes from the left what is answered, up to the first clip that is not."""
         while clips:
             clip = clips[0]
             if isinstance(clip, _Clip) and any(span.completion is None for span in clip.spans):
                 return
             clips.popleft()
-            yield clip if isinstance(clip, Failure) else self._answer(clip, instruction)
+            yield clip if isinstance(clip, Failure) else self._answer(clip, instruction, task)
 
     def _prepare(self, file: str, instruction: str, shots: Sequence[Example]) -> _Clip:
         """Raises InputError when the file cannot be read, or its prompt does not fit the model."""
@@ -185,7 +189,7 @@ class Answerer:
             raise InputError(f"a prompt of {len(ids)} ids exceeds the {room} the model has room for; use {ways}")
         return ids
 
-    def _complete(self, spans: Sequence[_Span]) -> None:
+    def _complete(self, spans: Sequence[_Span], task: Task) -> None:
         checkpoint = self._checkpoint
         started = time.perf_counter()
         completions = generate(
@@ -194,15 +198,14 @@ class Answerer:
             end_id=checkpoint.vocabulary.end,
             pad_id=checkpoint.vocabulary.pad,
             max_new_tokens=checkpoint.settings.max_answer_tokens,
-            allowed=self._allowed,
+            allowed=self._marked if task.marks else self._plain,
         )
         seconds = time.perf_counter() - started
         for span, completion in zip(spans, completions, strict=True):
             span.completion = completion
             span.clip.timings["generate"] += seconds / len(spans)
 
-    def _answer(self, clip: _Clip, instruction: str) -> Answer:
-        task = find_task(instruction)
+    def _answer(self, clip: _Clip, instruction: str, task: Task) -> Answer:
         texts: list[str] = []
         segments: list[Segment] = []
         labels: set[str | None] = set()
@@ -210,14 +213,14 @@ class Answerer:
         cut = False
         for span in clip.spans:
             assert span.completion is not None
-            text = answer_text(span.completion.ids, self._checkpoint.vocabulary, self._checkpoint.text)
-            parsed = task.read(text) if task else ParsedAnswer(text.strip())
+            parts = answer_parts(span.completion.ids, self._checkpoint.vocabulary, self._checkpoint.text)
+            parsed = task.read(moved(parts, span.start))
             logprobs += span.completion.logprobs
             cut = cut or span.completion.finish_reason == "length"
             if parsed.text:
                 texts.append(parsed.text)
-                segments.append(Segment(None, span.start, span.end, parsed.text))
                 labels.add(parsed.label)
+                segments += parsed.segments if task.marks else [Segment(None, span.start, span.end, parsed.text)]
         return Answer(
             file=clip.file,
             instruction=instruction,
@@ -230,3 +233,8 @@ class Answerer:
             finish_reason="length" if cut else "stop" if texts else "no_speech",
             timings=clip.timings,
         )
+
+
+def moved(parts: Parts, seconds: float) -> Parts:
+    """An answer about a span with its times counted from the start of the file, the span being at ``seconds``."""
+    return tuple(Time(part.seconds + seconds) if isinstance(part, Time) else part for part in parts)

@@ -10,6 +10,7 @@ README.md             the model card
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,7 @@ class CheckpointSettings(BaseModel):
     codec_fingerprint: str = Field(description="of the weights that make the codes the LM was trained on")
     max_audio_seconds: float = Field(gt=0, description="longest clip it was trained on; longer ones are cut at pauses")
     max_answer_tokens: int = Field(gt=0)
+    tasks: tuple[str, ...] = Field(description="names of the tasks it was trained on")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def save_checkpoint(
     name: str,
     max_audio_seconds: float,
     max_answer_tokens: int,
+    tasks: Sequence[str],
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write all parts to ``folder``: the LM's weights as ``dtype``, in files of at most 15 MB; the codec as it is.
@@ -94,8 +97,22 @@ def save_checkpoint(
         codec_fingerprint=codec_fingerprint,
         max_audio_seconds=max_audio_seconds,
         max_answer_tokens=max_answer_tokens,
+        tasks=tuple(tasks),
     )
     (folder / SETTINGS).write_text(settings.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def read_settings(folder: str | Path) -> CheckpointSettings:
+    """The settings of a checkpoint. Raises InputError when the folder is none, or the settings are damaged."""
+    path = Path(folder) / SETTINGS
+    if not path.is_file():
+        raise InputError(f"{folder}: not a checkpoint folder (no {SETTINGS} in it)")
+    try:
+        return CheckpointSettings.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise InputError(f"{path}: not a checkpoint's settings: {first_problem(error)}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a checkpoint's settings: not UTF-8") from error
 
 
 def load_checkpoint(folder: str | Path = DEFAULT, device: str | torch.device = "cpu") -> Checkpoint:
@@ -105,15 +122,9 @@ def load_checkpoint(folder: str | Path = DEFAULT, device: str | torch.device = "
         InputError: the folder is not a checkpoint, a file is missing or damaged, or the parts do not fit.
     """
     folder = Path(folder)
-    if not (folder / SETTINGS).is_file():
-        raise InputError(f"{folder}: not a checkpoint folder (no {SETTINGS} in it)")
+    settings = read_settings(folder)
     try:
-        settings = CheckpointSettings.model_validate_json((folder / SETTINGS).read_text(encoding="utf-8"))
         vocabulary = Vocabulary.from_dict(settings.vocabulary)
-    except ValidationError as error:
-        raise InputError(f"{folder / SETTINGS}: not a checkpoint's settings: {first_problem(error)}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{folder / SETTINGS}: not a checkpoint's settings: not UTF-8") from error
     except InputError as error:
         raise InputError(f"{folder / SETTINGS}: {error}") from error
     text = TextTokenizer.load(folder / TEXT)

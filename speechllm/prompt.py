@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from speechllm.errors import InputError
-from speechllm.tasks import normalize_instruction
+from speechllm.tasks import Part, Parts, Speaker, Time, normalize_instruction
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 
@@ -18,12 +18,13 @@ IGNORE_INDEX = -100
 class Example:
     """One clip, what is asked about it, and (when known) the answer.
 
-    codes: int64 [n_q, frames], as the codec gave them. answer: None when it is to be generated; "" is an answer.
+    codes: int64 [n_q, frames], as the codec gave them; no frames for a task on text alone. answer: text, or text and
+    marks; None when it is to be generated. "" and () are answers.
     """
 
     codes: Tensor
     instruction: str
-    answer: str | None = None
+    answer: str | Parts | None = None
     task: str | None = None
     language: str | None = None
     speaker: str | None = None
@@ -105,23 +106,35 @@ def collate(sequences: Sequence[Rendered], pad_id: int, max_len: int | None = No
     return batch
 
 
-def answer_text(ids: Sequence[int], vocabulary: Vocabulary, text: TextTokenizer) -> str:
-    """Text of a generated answer, up to the first `<end>` or the last id.
+def answer_parts(ids: Sequence[int], vocabulary: Vocabulary, text: TextTokenizer) -> Parts:
+    """Text and marks of a generated answer, up to the first `<end>` or the last id.
 
-    Ids that are no text have no place in an answer. They are not hidden: each run of them reads as one U+FFFD.
+    Other ids have no place in an answer. They are not hidden: each run of them reads as one U+FFFD.
     """
-    pieces: list[int] = []
+    parts: list[Part] = []
+    pieces: list[int] = []  # of the text since the last mark
     answer = torch.tensor(list(ids), dtype=torch.int64)  # [seq]
     after_fault = False
     for index, is_text in zip(answer.tolist(), vocabulary.is_text(answer).tolist(), strict=True):
         if index == vocabulary.end:
             break
+        if (mark := _mark(index, vocabulary)) is not None:
+            parts += [text.decode(pieces), mark] if pieces else [mark]
+            pieces, after_fault = [], False
+            continue
         if is_text:
             pieces.append(index)
         elif not after_fault:
             pieces.append(text.unknown_id)
         after_fault = not is_text
-    return text.decode(pieces)
+    return (*parts, text.decode(pieces)) if pieces else tuple(parts)
+
+
+def _mark(index: int, vocabulary: Vocabulary) -> Time | Speaker | None:
+    number, seconds = vocabulary.speaker_of(index), vocabulary.seconds_of(index)
+    if number is not None:
+        return Speaker(number)
+    return None if seconds is None else Time(seconds)
 
 
 def _prompt(example: Example, vocabulary: Vocabulary, text: TextTokenizer) -> Tensor:
@@ -139,5 +152,13 @@ def _prompt(example: Example, vocabulary: Vocabulary, text: TextTokenizer) -> Te
     )
 
 
-def _answer(answer: str, vocabulary: Vocabulary, text: TextTokenizer) -> Tensor:
-    return torch.cat([vocabulary.text_ids(text.encode(answer)), torch.tensor([vocabulary.end])])
+def _answer(answer: str | Parts, vocabulary: Vocabulary, text: TextTokenizer) -> Tensor:
+    ids: list[int] = []
+    for part in (answer,) if isinstance(answer, str) else answer:
+        if isinstance(part, Time):
+            ids.append(vocabulary.time(part.seconds))
+        elif isinstance(part, Speaker):
+            ids.append(vocabulary.speaker(part.number))
+        else:
+            ids += vocabulary.text_ids(text.encode(part)).tolist()
+    return torch.tensor([*ids, vocabulary.end])

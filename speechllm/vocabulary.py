@@ -1,4 +1,4 @@
-"""The one place that does arithmetic on ids: text pieces | control tokens | codebook 0 | codebook 1 | …"""
+"""The one place that does arithmetic on ids: text pieces | control tokens | times | codebook 0 | codebook 1 | …"""
 
 import hashlib
 import json
@@ -18,26 +18,37 @@ class Vocabulary:
 
     text_size: text pieces. n_q: codebooks the LM sees. card: codes in each codebook.
     merge_repeats: write a run of equal codes as one id (shorter stream, durations are lost; n_q = 1 only).
+    times: marks of times that answers may hold, one every TIME_STEP seconds from 0.
     """
 
     text_size: int
     n_q: int
     card: int
     merge_repeats: bool = False
+    times: int = 0
 
+    TIME_STEP: ClassVar[float] = 0.04  # seconds, a frame of our codec
+    MAX_SPEAKERS: ClassVar[int] = 8
     # Slots no task uses yet are kept, so that a new control token moves no other id.
     num_controls: ClassVar[int] = 32
-    _controls: ClassVar[tuple[str, ...]] = ("pad", "audio_begin", "audio_end", "answer", "end")
+    _controls: ClassVar[tuple[str, ...]] = (
+        *("pad", "audio_begin", "audio_end", "answer", "end"),
+        *(f"speaker_{number}" for number in range(1, 9)),
+    )
 
     def __post_init__(self) -> None:
         for name in ("text_size", "n_q", "card"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise InputError(f"vocabulary.{name} must be a whole number of 1 or more, not {value!r}")
+        if type(self.times) is not int or self.times < 0:
+            raise InputError(f"vocabulary.times must be a whole number of 0 or more, not {self.times!r}")
         if type(self.merge_repeats) is not bool:
             raise InputError(f"vocabulary.merge_repeats must be true or false, not {self.merge_repeats!r}")
         if self.merge_repeats and self.n_q != 1:
             raise InputError(f"vocabulary.merge_repeats needs n_q = 1, not {self.n_q}: set merge_repeats to false")
+        if self.merge_repeats and self.times:
+            raise InputError("vocabulary.merge_repeats loses durations, so there can be no times: set one of them off")
 
     @property
     def size(self) -> int:
@@ -68,6 +79,36 @@ class Vocabulary:
     def end(self) -> int:
         """Ends the answer."""
         return self._control("end")
+
+    def speaker(self, number: int) -> int:
+        """The mark of a speaker, numbered from 1. Raises InputError for more speakers than there are marks."""
+        if not 1 <= number <= self.MAX_SPEAKERS:
+            raise InputError(f"speaker {number}: there are marks for speakers 1 to {self.MAX_SPEAKERS}")
+        return self._control(f"speaker_{number}")
+
+    def time(self, seconds: float) -> int:
+        """The mark nearest to a time. Raises InputError where there is none."""
+        index = round(seconds / self.TIME_STEP)
+        if not 0 <= index < self.times:
+            last = (self.times - 1) * self.TIME_STEP
+            limit = f"marks go from 0 to {last:.2f} s" if self.times else "this vocabulary has no marks of times"
+            raise InputError(f"a time of {seconds:.2f} s: {limit}")
+        return self._times_start + index
+
+    def speaker_of(self, index: int) -> int | None:
+        """The number of the speaker whose mark this id is, None for other ids."""
+        number = index - self.speaker(1) + 1
+        return number if 1 <= number <= self.MAX_SPEAKERS else None
+
+    def seconds_of(self, index: int) -> float | None:
+        """The time that this id marks, None for other ids."""
+        step = index - self._times_start
+        return round(step * self.TIME_STEP, 6) if 0 <= step < self.times else None
+
+    def is_mark(self, ids: Tensor) -> Tensor:
+        """Bool, shape of ids: marks of speakers and times."""
+        speaker = (ids >= self.speaker(1)) & (ids <= self.speaker(self.MAX_SPEAKERS))
+        return speaker | ((ids >= self._times_start) & (ids < self._audio_start))
 
     def text_ids(self, pieces: Sequence[int]) -> Tensor:
         """Ids [seq] int64 of text pieces. Raises ValueError for a piece outside [0, text_size)."""
@@ -138,8 +179,12 @@ class Vocabulary:
         return cls(**settings)
 
     @property
-    def _audio_start(self) -> int:
+    def _times_start(self) -> int:
         return self.text_size + self.num_controls
+
+    @property
+    def _audio_start(self) -> int:
+        return self._times_start + self.times
 
     def _control(self, name: str) -> int:
         return self.text_size + self._controls.index(name)

@@ -79,6 +79,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         name="tiny random",
         max_audio_seconds=8.0,
         max_answer_tokens=6,
+        tasks=["transcribe"],
     )
     return folder / "tiny"
 

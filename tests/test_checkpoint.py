@@ -27,7 +27,7 @@ CODEC = SpeechCodecConfig(
     acoustic_dim=16, acoustic_depth=1, decoder_dim=16, decoder_depth=1,
 )  # fmt: skip
 SIZES = ModelConfig(hidden_size=32, num_layers=2, expert_size=32, num_experts=4, max_positions=64)
-NAMES: dict[str, Any] = {"name": "tiny", "max_audio_seconds": 8.0, "max_answer_tokens": 6}
+NAMES: dict[str, Any] = {"name": "tiny", "max_audio_seconds": 8.0, "max_answer_tokens": 6, "tasks": ("transcribe",)}
 
 
 @pytest.fixture(scope="module")

@@ -37,13 +37,20 @@ def manifest(tmp_path: Path) -> Path:
     return path
 
 
-def test_score_is_hand_computed(manifest: Path) -> None:
-    items = evaluate.read_corpus([manifest], "test")
-    result = evaluate.score("made", TASKS["transcribe"], None, items, ["a dog", "a hat", ""])
+def test_results_are_hand_computed(manifest: Path) -> None:
+    task = TASKS["transcribe"]
+    questions = [q for item in evaluate.read_corpus([manifest], "test") if (q := evaluate.pose(item, task))]
+    said = [task.read((text,) if text else ()) for text in ("a dog", "a hat", "")]
+    (result,) = evaluate.results_of("made", task, None, questions, said)
     assert result.value == pytest.approx(100 * 3 / 6)  # one substitution and two deletions in six words
-    assert result.low is not None and result.high is not None and result.low <= result.value <= result.high
-    exact = evaluate.score("made", TASKS["translate_de"], None, items, ["ein Hund"] * 3)
-    assert exact.metric == "BLEU" and exact.low is None
+    assert result.low is not None
+    assert result.high is not None
+    assert result.low <= result.value <= result.high
+    german = TASKS["translate_de"]
+    questions = [q for item in evaluate.read_corpus([manifest], "test") if (q := evaluate.pose(item, german))]
+    (exact,) = evaluate.results_of("made", german, None, questions, [german.read(("ein Hund",))] * 3)
+    assert exact.metric == "BLEU"
+    assert exact.low is None
 
 
 def test_whole_command(manifest: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What is said about a corpus: numbers counted by hand, and sequences that show what their ids hold."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,9 @@ from conftest import TEXT_MODEL
 from typer import Typer
 from typer.testing import CliRunner
 
-from speechllm.data.manifest import Utterance, write_manifest
+from speechllm.data.manifest import Utterance, read_manifest, write_manifest
 from speechllm.prompt import Example, Rendered, render
-from speechllm.tasks import TASKS
+from speechllm.tasks import TASKS, Speaker, Time
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 from train import inspect_data
@@ -33,6 +34,9 @@ def test_a_sequence_shows_its_ids() -> None:
     assert inspect_data.readable(short, vocabulary, TEXT) == (
         '<audio_begin> <code 1> <code 4> (2 codes) <audio_end> "Say it" <answer>'
     )
+    timed = replace(vocabulary, times=10)
+    marks = render(Example(codes[:, :1], "Who?", (Speaker(2), Time(0.12), "Yes.", Time(0.2))), timed, TEXT)
+    assert inspect_data.readable(marks, timed, TEXT).endswith('⟦<speaker 2> <0.12> "Yes." <0.20> <end>⟧')
     spare = torch.tensor([vocabulary.text_size + 31, vocabulary.pad])
     odd = Rendered(spare, torch.zeros(2, dtype=torch.bool), 2)
     assert inspect_data.readable(odd, vocabulary, TEXT) == "<control 31> <pad>"
@@ -71,7 +75,7 @@ def run(*arguments: object) -> tuple[int, str]:
 def test_numbers(manifest: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     tools = ("--text-model", TEXT_MODEL, "--codec", tiny_checkpoint / "codec")
-    code, output = run(manifest, *tools, "--out", out, "--examples", 2)
+    code, output = run(manifest, *tools, "--out", out, "--examples", 7)
     assert code == 0, output
     report = json.loads((out / "inspect.json").read_text())
     assert (report["utterances"], report["hours"]) == (3, pytest.approx(6 / 3600, abs=1e-6))
@@ -86,18 +90,24 @@ def test_numbers(manifest: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     tasks = {name: of["utterances"] for name, of in report["tasks"].items()}
     assert tasks.keys() == TASKS.keys()
     assert (tasks["transcribe"], tasks["translate_de"], tasks["translate_fr"]) == (2, 1, 0)
-    transcribe, translate = (TASKS[name].wordings[0] for name in ("transcribe", "translate_de"))
-    written = [(25, transcribe, "One."), (50, transcribe, "Two dogs run."), (50, translate, "Zwei Hunde rennen.")]
-    expected = [4 + frames + len(TEXT.encode(asked)) + len(TEXT.encode(said)) for frames, asked, said in written]
+    assert [tasks[name] for name in ("language", "spoken_word", "next_text", "translate_text_de")] == [3, 2, 1, 1]
+    assert sum(tasks.values()) == 10
+    expected = []
+    for utterance in read_manifest(manifest):
+        for task, (asked, (said,)) in inspect_data.questions(utterance).items():
+            frames = 25 * utterance.duration if task.listens else 0
+            expected.append(4 + frames + len(TEXT.encode(asked)) + len(TEXT.encode(said)))
     ids = report["sequence_ids"]
     assert (ids["min"], ids["max"], ids["sum"]) == (min(expected), max(expected), sum(expected))
-    assert [example["task"] for example in report["examples"]] == ["transcribe", "translate_de"]
+    examples = {example["task"]: example["sequence"] for example in report["examples"]}
+    assert examples.keys() == {name for name, found in tasks.items() if found}
     for example in report["examples"]:
         assert example["ids"] in expected
         assert example["sequence"] in output
         assert example["sequence"] in (out / "inspect.md").read_text()
-    assert '<answer> ⟦"Zwei Hunde rennen." <end>⟧' in report["examples"][1]["sequence"]
-    assert "(50 codes)" in report["examples"][1]["sequence"]
+    assert '<answer> ⟦"Zwei Hunde rennen." <end>⟧' in examples["translate_de"]
+    assert "(50 codes)" in examples["translate_de"]
+    assert examples["translate_text_de"].startswith('<audio_begin> <audio_end> "Translate to German: Two dogs run."')
     assert all((out / f"{name}.png").stat().st_size > 1000 for name in ("durations", "sequences", "tasks"))
 
     before = sorted(tmp_path.iterdir())

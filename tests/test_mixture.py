@@ -11,11 +11,11 @@ import torch
 from datasets import Dataset
 
 from speechllm.codec import SpeechCodec, SpeechCodecConfig
-from speechllm.data.encoded import read_encoded, row_codes
+from speechllm.data.encoded import read_encoded, row_codes, row_facts, write_facts
 from speechllm.data.mixture import Mixture
 from speechllm.errors import InputError
 from speechllm.prompt import IGNORE_INDEX
-from speechllm.tasks import TASKS
+from speechllm.tasks import TASKS, Facts
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 from train.encode import FEATURES
@@ -32,11 +32,7 @@ def row(name: str, codes: list[list[int]], text: str | None, split: str = "train
         "split": split,
         "source": "made",
         "speaker": "ann",
-        "language": "en",
-        "text": text,
-        "translations": json.dumps(translations),
-        "labels": "{}",
-        "duration": len(codes[0]) / 25,
+        "facts": write_facts(Facts(len(codes[0]) / 25, text, "en", translations=translations)),
         "n_q": len(codes),
         "codes": [code for codebook in codes for code in codebook],
     }
@@ -54,7 +50,7 @@ ROWS = [DOGS, BOY, SILENCE, UNKNOWN, HEARD, OTHER]
 def write(folder: Path, rows: list[dict], fingerprint: str = "0123", shards: int = 1) -> Path:
     """An encoded corpus, as ``train.encode`` leaves it."""
     folder.mkdir()
-    (folder / "info.json").write_text(json.dumps({"codec": fingerprint, "n_q": 2}))
+    (folder / "info.json").write_text(json.dumps({"codec": fingerprint, "n_q": 2, "facts": True}))
     for number in range(shards):
         part = Dataset.from_list(rows[number::shards], features=FEATURES)
         part.to_parquet(str(folder / f"{number:05d}.parquet"))
@@ -77,7 +73,8 @@ def index_of(mixture: Mixture, name: str) -> int:
 def test_splits_and_columns_come_back(rows: Dataset) -> None:
     found = {row["id"]: row for row in rows}
     assert found.keys() == {"dogs", "boy", "silence", "unknown", "heard"}
-    assert {**found["dogs"], "duration": 0} == {**DOGS, "duration": 0}
+    assert found["dogs"] == DOGS
+    assert row_facts(DOGS) == Facts(6 / 25, "Two dogs run.", "en", translations={"de": "Zwei Hunde rennen."})
     assert row_codes(found["dogs"], 2).tolist() == [[1, 1, 2, 2, 2, 1], [3, 4, 5, 6, 7, 8]]
     assert row_codes(found["dogs"], 1).tolist() == [[1, 1, 2, 2, 2, 1]]
     assert row_codes(found["dogs"], 1).dtype == torch.int64
@@ -93,9 +90,19 @@ def test_rows_without_an_answer_are_left_out(rows: Dataset) -> None:
     assert kept(translate_de=1) == {"dogs", "silence", "heard"}
     assert kept(translate_fr=1, transcribe=1) == {"dogs", "boy", "silence"}
     mixture = make(rows, {"transcribe": 1, "translate_de": 1})
-    answers = mixture.answers(mixture.rows[index_of(mixture, "dogs")])
-    assert answers == {TASKS["transcribe"]: "Two dogs run.", TASKS["translate_de"]: "Zwei Hunde rennen."}
-    assert mixture.answers(mixture.rows[index_of(mixture, "heard")]) == {TASKS["translate_de"]: "Ja."}
+    heard = {mixture.example(index_of(mixture, "heard"), Random(seed)).answer for seed in range(20)}
+    assert heard == {("Ja.",)}
+
+
+def test_tasks_on_text_hear_nothing(rows: Dataset) -> None:
+    mixture = make(rows, {"translate_text_de": 1})
+    assert [row["id"] for row in mixture.rows] == ["dogs"]
+    example = mixture.example(0, Random(0))
+    assert example.codes.shape == (2, 0)
+    assert example.instruction.endswith("Two dogs run.")
+    batch = mixture.batch([0], Random(0))
+    assert batch.audio_mask.sum() == 1  # the end of no audio
+    assert batch.transcript_lengths.tolist() == [0]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +164,7 @@ def test_shares_and_wordings(rows: Dataset) -> None:
         assert example.task
         assert example.instruction in TASKS[example.task].wordings
     assert {e.instruction for e in examples if e.task == "transcribe"} == set(TASKS["transcribe"].wordings)
-    assert {e.answer for e in examples if e.task == "translate_de"} == {"Zwei Hunde rennen."}
+    assert {e.answer for e in examples if e.task == "translate_de"} == {("Zwei Hunde rennen.",)}
     assert {(e.language, e.speaker) for e in examples} == {("en", "ann")}
     boy = index_of(mixture, "boy")
     assert {mixture.example(boy, rng).task for _ in range(50)} == {"transcribe"}  # nothing else is known of it
@@ -184,6 +191,10 @@ def test_code_noise_changes_its_share_of_frames(noise: float) -> None:
 def test_folders_that_are_no_encoded_corpus(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere: not an encoded corpus; make it with python -m train\.encode"):
         read_encoded([tmp_path / "nowhere"], "train")
+    old = write(tmp_path / "old", [DOGS])
+    (old / "info.json").write_text('{"codec": "0123", "n_q": 2}')
+    with pytest.raises(InputError, match="old: encoded by an older version"):
+        read_encoded([old], "train")
     unsigned = write(tmp_path / "unsigned", [DOGS])
     (unsigned / "info.json").write_text("{")
     with pytest.raises(InputError, match=r"unsigned/info\.json: damaged"):

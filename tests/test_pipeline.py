@@ -10,9 +10,9 @@ from speechllm.audio import read_audio
 from speechllm.checkpoint import Checkpoint, load_checkpoint
 from speechllm.codec import load_codec
 from speechllm.data.corpus import read_corpus
-from speechllm.data.encoded import read_encoded, row_codes
+from speechllm.data.encoded import read_encoded, row_codes, row_facts
 from speechllm.generate import generate
-from speechllm.prompt import Example, answer_text, render
+from speechllm.prompt import Example, answer_parts, render
 from speechllm.tasks import TASKS
 
 
@@ -29,7 +29,7 @@ def test_encoded_rows_are_the_codes_of_the_clips(corpus: Path, pretrain_settings
     for item in items:
         row = rows[item.utterance.id]
         assert torch.equal(row_codes(row, 1), codec.encode(item.wav(codec.sample_rate), n_q=1))
-        assert (row["text"], row["speaker"]) == (item.utterance.text, item.utterance.speaker)
+        assert (row_facts(row), row["speaker"]) == (item.utterance.facts(), item.utterance.speaker)
     assert len({code for row in rows.values() for code in row["codes"]}) > 4
 
 
@@ -58,8 +58,8 @@ def test_answers_about_clips(checkpoint: Checkpoint, corpus: Path) -> None:
     alone = [generate(checkpoint.lm, [prompt], **options)[0] for prompt in prompts]
     assert [(c.ids, c.finish_reason) for c in completions] == [(c.ids, c.finish_reason) for c in alone]
     for completion in completions:
-        text = answer_text(completion.ids, words, checkpoint.text)
-        assert text == checkpoint.text.decode(completion.ids)
+        parts = answer_parts(completion.ids, words, checkpoint.text)
+        assert parts == ((checkpoint.text.decode(completion.ids),) if completion.ids else ())
         assert (completion.finish_reason == "length") == (len(completion.ids) == 6)
         assert len(completion.logprobs) == len(completion.ids) + (completion.finish_reason == "stop")
         assert all(score <= 0 for score in completion.logprobs)

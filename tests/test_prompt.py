@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from speechllm.errors import InputError
-from speechllm.prompt import IGNORE_INDEX, Example, answer_text, collate, labels, render
+from speechllm.prompt import IGNORE_INDEX, Example, answer_parts, collate, labels, render
+from speechllm.tasks import Speaker, Time
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 
@@ -113,14 +114,30 @@ def test_nothing_is_cut_to_fit() -> None:
 
 
 @pytest.mark.parametrize("answer", ["A man runs.", "", " spaced  out ", "Žluťoučký \u2581 kůň"])
-def test_answer_text_reads_back_the_rendered_answer(answer: str) -> None:
+def test_answer_parts_reads_back_the_rendered_answer(answer: str) -> None:
     rendered = render(replace(EXAMPLE, answer=answer), VOCABULARY, TEXT)
-    assert answer_text(rendered.ids[rendered.prompt_length :].tolist(), VOCABULARY, TEXT) == answer
+    parts = answer_parts(rendered.ids[rendered.prompt_length :].tolist(), VOCABULARY, TEXT)
+    assert parts == ((answer,) if answer else ())
 
 
-def test_answer_text_stops_at_end_and_shows_what_is_no_text() -> None:
+def test_marks_are_ids_of_their_own() -> None:
+    words = Vocabulary(text_size=TEXT.size, n_q=2, card=16, times=100)
+    answer = (Speaker(2), Time(0.32), "A man runs.", Time(1.2))
+    rendered = render(replace(EXAMPLE, answer=answer), words, TEXT)
+    ids = rendered.ids[rendered.prompt_length :].tolist()
+    first_time = TEXT.size + 32
+    assert ids == [words.speaker(2), first_time + 8, *TEXT.encode("A man runs."), first_time + 30, words.end]
+    assert answer_parts(ids, words, TEXT) == answer
+    assert answer_parts(ids[1:3], words, TEXT)[0] == Time(0.32)
+    with pytest.raises(InputError, match=r"a time of 4\.00 s: marks go from 0 to 3\.96 s"):
+        render(replace(EXAMPLE, answer=(Time(4.0),)), words, TEXT)
+    with pytest.raises(InputError, match="no marks of times"):
+        render(replace(EXAMPLE, answer=answer), VOCABULARY, TEXT)
+
+
+def test_answer_parts_stops_at_end_and_shows_what_is_no_text() -> None:
     man, runs = TEXT.encode("man"), TEXT.encode("runs")
     audio = VOCABULARY.audio_ids(torch.tensor([[1], [2]])).tolist()
-    assert answer_text([*man, END, *runs], VOCABULARY, TEXT) == "man"
-    assert answer_text([*man, *runs], VOCABULARY, TEXT) == "man runs"
-    assert answer_text([*man, *audio, BEGIN, *runs, ANSWER], VOCABULARY, TEXT) == "man\ufffd runs\ufffd"
+    assert answer_parts([*man, END, *runs], VOCABULARY, TEXT) == ("man",)
+    assert answer_parts([*man, *runs], VOCABULARY, TEXT) == ("man runs",)
+    assert answer_parts([*man, *audio, BEGIN, *runs, ANSWER], VOCABULARY, TEXT) == ("man\ufffd runs\ufffd",)

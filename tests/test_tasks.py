@@ -1,77 +1,217 @@
-"""Tasks: wordings, answers, and finding a task from what a user types."""
+"""Tasks: wordings, answers written and read back, malformed answers, and finding a task from what a user types."""
+
+from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from speechllm.tasks import TASKS, ParsedAnswer, Task, find_task, normalize_instruction
+from speechllm.tasks import TASKS, Facts, ParsedAnswer, Segment, Speaker, Task, Time, find_task, normalize_instruction
+from speechllm.tasks.answer import Part, shown
+from speechllm.tasks.base import bare
+from speechllm.tasks.labels import EMOTIONS, read_intent, write_intent
 
-EVERY = [(task, wording) for task in TASKS.values() for wording in task.wordings + task.held_out]
+FILLED = {"is_emotion": "angry", "spoken_word": "dog"}  # what else fills a gap: any text
+EVERY = [
+    (task, wording.replace("{}", FILLED.get(task.name, "A dog runs")))
+    for task in TASKS.values()
+    for wording in task.wordings + task.held_out
+]
+TURNS = (
+    Segment("bob", 0.32, 1.2, "hello  there"),
+    Segment("ann", 1.0, 2.12, "hi"),
+    Segment("bob", 2.4, 3.0, "bye"),
+)
+PARTS = st.lists(
+    st.one_of(
+        st.text(max_size=20),
+        st.builds(Time, st.floats(-1, 40, allow_nan=False)),
+        st.builds(Speaker, st.integers(1, 8)),
+    ),
+    max_size=12,
+).map(tuple)
+WORD = st.text(st.characters(categories=("L", "N")), min_size=1, max_size=8)
+each_task = pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
 
 
-def test_the_tasks() -> None:
-    assert {name: (task.target, task.metric) for name, task in TASKS.items()} == {
-        "transcribe": (None, "wer"),
-        "translate_de": ("de", "bleu"),
-        "translate_fr": ("fr", "bleu"),
-    }
-
-
-@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+@each_task
 def test_wordings_are_enough_distinct_and_disjoint(task: Task) -> None:
-    assert len(task.wordings) == len(set(task.wordings)) >= 20
-    assert len(task.held_out) == len(set(task.held_out)) >= 5
-
-    def bare(wordings: tuple[str, ...]) -> set[str]:
-        return {wording.lower().rstrip(".?") for wording in wordings}
-
-    assert len(bare(task.wordings)) >= 20
-    assert not bare(task.wordings) & bare(task.held_out)
+    trained, held_out = set(map(bare, task.wordings)), set(map(bare, task.held_out))
+    assert len(task.wordings) == len(set(task.wordings))
+    assert len(trained) >= 20
+    assert len(held_out) == len(task.held_out) >= 5
+    assert not trained & held_out
+    assert len({"{}" in wording for wording in task.wordings + task.held_out}) == 1
     assert all(normalize_instruction(wording) == wording for wording in task.wordings + task.held_out)
-    assert all("{" not in wording for wording in task.wordings + task.held_out)
-
-
-def test_what_users_type_is_trained() -> None:
-    assert {"Transcribe this audio", "Transcribe this audio.", "transcribe this audio"} <= set(
-        TASKS["transcribe"].wordings
-    )
-    for name, language in (("translate_de", "German"), ("translate_fr", "French")):
-        wordings = set(TASKS[name].wordings)
-        assert {f"Translate this audio to {language}", f"Translate this audio into {language}."} <= wordings
-        assert any(f"in {language}" in wording for wording in wordings)
 
 
 @pytest.mark.parametrize(("task", "wording"), EVERY)
 def test_every_wording_finds_its_task_only(task: Task, wording: str) -> None:
-    assert find_task(wording) is task
-    assert find_task(f"\n  {wording.upper()} ?! ") is task
-    assert find_task(wording.rstrip(".?").replace(" ", "  ")) is task
+    for typed in (wording, f"\n  {wording.upper()} ?! ", wording.rstrip(".?").replace(" ", "  ")):
+        assert find_task(typed) is task
+        assert [other.name for other in TASKS.values() if other.match(typed) is not None] == [task.name]
 
 
-@pytest.mark.parametrize("text", ["", " . ", "Translate this audio", "Translate this audio to Czech", "Transcribe"])
+@pytest.mark.parametrize(
+    "text", ["", " . ", "Translate this audio", "Translate this audio to Maori", "Transcribe", "Is the speaker tall?"]
+)
 def test_unknown_instructions_find_nothing(text: str) -> None:
     assert find_task(text) is None
+
+
+def test_the_gap_is_read_back() -> None:
+    assert TASKS["spoken_word"].match('is the word "Dog" spoken?') == "dog"
+    assert TASKS["translate_text_de"].match("Translate to German: a man runs.") == "a man runs"
 
 
 def test_normalising_keeps_case_and_punctuation() -> None:
     assert normalize_instruction(" Transcribe \n\t this  audio. ") == "Transcribe this audio."
 
 
-def test_answers() -> None:
-    translations = {"de": " Ein  Hund. "}
-    assert TASKS["transcribe"].write(" A  dog.\n", translations) == "A dog."
-    assert TASKS["translate_de"].write("A dog.", translations) == "Ein Hund."
-    assert TASKS["translate_de"].write(None, translations) == "Ein Hund."
-    assert TASKS["translate_fr"].write("A dog.", translations) is None
-    assert TASKS["transcribe"].write(None, translations) is None
+def test_words() -> None:
+    facts = Facts(1.0, " A  dog.\n", translations={"de": " Ein  Hund. "})
+    assert TASKS["transcribe"].write(facts) == ("A dog.",)
+    assert TASKS["translate_de"].write(facts) == ("Ein Hund.",)
+    assert TASKS["translate_fr"].write(facts) is None
+    assert TASKS["translate_de"].write(Facts(1.0, translations={"de": "Ja."})) == ("Ja.",)
+    assert TASKS["transcribe"].write(Facts(1.0)) is None
+    assert TASKS["transcribe"].read(("A dog.",)) == ParsedAnswer("A dog.")
+    assert TASKS["transcribe"].read(("A dog.", Time(1))).faults
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
-def test_no_speech_is_an_empty_answer(task: Task) -> None:
-    assert task.write("", {}) == "" == task.write(" \n", {"de": "x"})
-    assert task.read("") == ParsedAnswer("")
+def test_silence() -> None:
+    silence = Facts(2.0, "")
+    for name in ("transcribe", "translate_de", "transcribe_times", "diarize", "turns"):
+        assert TASKS[name].write(silence) == ()
+        assert TASKS[name].read(()) == ParsedAnswer("")
+    assert TASKS["activity"].write(silence) == ("no speech",)
+    assert TASKS["activity"].read(("no speech",)) == ParsedAnswer("no speech")
+    assert TASKS["speakers"].write(silence) == ("none",)
+    assert TASKS["spoken_word"].write(silence, "dog") == ("no",)
+    for name in ("language", "emotion", "gender", "accent", "intent", "next_text"):
+        assert TASKS[name].pose(silence, Random(0)) is None
 
 
-def test_reading_gives_back_what_was_written() -> None:
+def test_segments() -> None:
+    facts = Facts(4.0, segments=TURNS)
+    parts = TASKS["diarize"].write(facts)
+    assert parts is not None
+    assert shown(parts) == (
+        "<|spk1|> <|0.32|> hello there <|1.20|> <|spk2|> <|1.00|> hi <|2.12|> <|spk1|> <|2.40|> bye <|3.00|>"
+    )
+    segments = TASKS["diarize"].read(parts).segments
+    assert [(s.speaker, s.start, s.end, s.text) for s in segments] == [
+        ("spk1", 0.32, 1.2, "hello there"),
+        ("spk2", 1.0, 2.12, "hi"),
+        ("spk1", 2.4, 3.0, "bye"),
+    ]
+    assert shown(TASKS["transcribe_times"].write(facts) or ()).startswith("<|0.32|> hello there <|1.20|> <|1.00|> hi")
+    turns = TASKS["turns"].write(facts)
+    assert turns is not None
+    assert shown(turns).startswith("<|spk1|> <|0.32|> <|1.20|> <|spk2|> <|1.00|> <|2.12|>")
+    assert TASKS["turns"].read(turns).segments[1] == Segment("spk2", 1.0, 2.12)
+    assert TASKS["activity"].write(facts) == (Time(0.32), Time(2.12), Time(2.4), Time(3.0))
+    assert TASKS["speakers"].write(facts) == ("two",)
+    silent = Facts(4.0, segments=(Segment("ann", 0, 1),))
+    assert TASKS["diarize"].write(silent) is None  # the words are not known
+    assert TASKS["turns"].write(silent) == (Speaker(1), Time(0), Time(1))
+
+
+@pytest.mark.parametrize(
+    ("parts", "kept", "fault"),
+    [
+        ((Speaker(1), Time(1), "a", Time(0.5)), 0, "ends before"),
+        ((Speaker(1), Time(1), "a", Time(2), Speaker(2), Time(0.5), "b", Time(3)), 1, "starts before"),
+        ((Time(1), "a", Time(2)), 0, "no speaker"),
+        ((Speaker(1), Time(1), "a"), 0, "no end"),
+        ((Speaker(1), Time(1), "a", Speaker(2), Time(2), "b", Time(3)), 1, "no end"),
+        ((Speaker(1), Time(1), Time(2)), 0, "no words"),
+        (("a",), 0, "outside"),
+    ],
+)
+def test_malformed_segments(parts: tuple[Part, ...], kept: int, fault: str) -> None:
+    parsed = TASKS["diarize"].read(parts)
+    assert len(parsed.segments) == kept
+    assert any(fault in told for told in parsed.faults)
+
+
+def test_labels() -> None:
+    facts = Facts(1.0, "hi", "de", "female", labels={"emotion": "anger", "accent": "GRC/Greek"})
+    for name, label in {"emotion": "angry", "language": "German", "gender": "female", "accent": "Greek"}.items():
+        assert TASKS[name].write(facts) == (label,)
+        assert TASKS[name].read((f" {label.upper()}. ",)).label == label
+        wrong = TASKS[name].read(("banana",))
+        assert wrong.label is None
+        assert wrong.faults
+        assert TASKS[name].pose(Facts(1.0), Random(0)) is None
+
+
+def test_questions_with_a_gap_are_asked_both_ways() -> None:
+    facts = Facts(1.0, "Two dogs run.", "en", labels={"emotion": "anger"})
+    for name, there in (("is_emotion", {"angry"}), ("spoken_word", {"two", "dogs", "run"})):
+        task, seen = TASKS[name], set()
+        for seed in range(200):
+            asked = task.pose(facts, Random(seed))
+            assert asked is not None
+            about = task.match(asked[0])
+            assert asked[1] == (("yes",) if about in there else ("no",))
+            seen.add(asked[1])
+            assert asked[0].replace(str(about), "{}") in task.wordings
+        assert seen == {("yes",), ("no",)}
+    assert set(EMOTIONS.values()) == set(TASKS["emotion"].labels)  # type: ignore[attr-defined]
+
+
+def test_text_tasks_hold_everything_in_the_instruction() -> None:
+    facts = Facts(1.0, "Two dogs run fast.", "en", translations={"de": "Zwei Hunde."})
+    asked = TASKS["translate_text_de"].pose(facts, Random(1))
+    assert asked is not None
+    assert asked[0].endswith("Two dogs run fast.")
+    assert asked[1] == ("Zwei Hunde.",)
+    asked = TASKS["next_text"].pose(facts, Random(1))
+    assert asked is not None
+    begun = TASKS["next_text"].match(asked[0])
+    assert f"{begun} {asked[1][0]}".lower() == "two dogs run fast."
+    assert not any(TASKS[name].listens for name in ("translate_text_de", "next_text"))
+
+
+def test_intents() -> None:
+    facts = Facts(1.0, intent="orderDrink", slots={"size": "twelve, (ounce)", "drink": "mocha"})
+    assert TASKS["intent"].write(facts) == ("orderDrink(drink=mocha, size=twelve ounce)",)
+    parsed = TASKS["intent"].read(("orderDrink(drink=mocha, size=twelve ounce)",))
+    assert (parsed.label, parsed.slots, parsed.faults) == ("orderDrink", {"drink": "mocha", "size": "twelve ounce"}, ())
+    assert read_intent("stop()") == ("stop", {}, ())
+    intent, slots, faults = read_intent("order(size=big, drink, size=small")
+    assert (intent, slots, len(faults)) == ("order", {"size": "big"}, 3)
+    assert read_intent("order")[0] is None
+
+
+@given(WORD, st.dictionaries(WORD, WORD, max_size=4))
+def test_any_intent_is_read_back(intent: str, slots: dict[str, str]) -> None:
+    assert read_intent(write_intent(intent, slots)) == (intent, slots, ())
+
+
+@given(PARTS)
+def test_readers_survive_everything(parts: tuple[Part, ...]) -> None:
     for task in TASKS.values():
-        answer = task.write("A dog.", {"de": "Ein Hund.", "fr": "Un chien."})
-        assert answer
-        assert task.read(answer) == ParsedAnswer(text=answer, segments=(), label=None)
+        parsed = task.read(parts)
+        starts = [segment.start for segment in parsed.segments]
+        assert starts == sorted(starts)
+        assert all(segment.start < segment.end for segment in parsed.segments)
+        assert parsed.label is None or parsed.label in getattr(task, "labels", [parsed.label])
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 500), st.integers(1, 100), WORD), min_size=1, max_size=6)
+)
+def test_any_conversation_is_read_back(turns: list[tuple[str, int, int, str]]) -> None:
+    segments = tuple(
+        Segment(speaker, start / 25, (start + length) / 25, word)
+        for speaker, start, length, word in sorted(turns, key=lambda t: t[1:3])
+    )
+    for name in ("diarize", "transcribe_times", "turns"):
+        parts = TASKS[name].write(Facts(40.0, segments=segments))
+        assert parts is not None
+        parsed = TASKS[name].read(parts)
+        assert not parsed.faults
+        assert [(s.start, s.end) for s in parsed.segments] == [(s.start, s.end) for s in segments]
+        assert TASKS[name].write(Facts(40.0, segments=parsed.segments)) == parts or name == "transcribe_times"

@@ -86,6 +86,25 @@ def test_codes_that_do_not_fit_are_refused(codes: Tensor) -> None:
         TWO.audio_ids(codes)
 
 
+def test_marks() -> None:
+    words = Vocabulary(text_size=100, n_q=2, card=8, times=51)
+    assert words.size == 100 + 32 + 51 + 16
+    assert [words.speaker(n) for n in (1, 8)] == [105, 112]
+    assert [words.time(seconds) for seconds in (0, 0.04, 1.21, 2.0)] == [132, 133, 162, 182]
+    ids = torch.arange(words.size)
+    assert ids[words.is_mark(ids)].tolist() == [*range(105, 113), *range(132, 183)]
+    assert ids[words.is_audio(ids)].tolist() == list(range(183, 199))
+    assert [words.seconds_of(index) for index in (131, 132, 162, 183)] == [None, 0.0, 1.2, None]
+    assert [words.speaker_of(index) for index in (104, 105, 112, 113)] == [None, 1, 8, None]
+    for seconds in (-0.1, 2.04):
+        with pytest.raises(InputError, match=r"marks go from 0 to 2\.00 s"):
+            words.time(seconds)
+    with pytest.raises(InputError, match="speaker 9"):
+        words.speaker(9)
+    with pytest.raises(InputError, match="there can be no times"):
+        Vocabulary(text_size=100, n_q=1, card=8, merge_repeats=True, times=2)
+
+
 @pytest.mark.parametrize("ids", [[132], [132, 132], [140, 132], [99, 140], [132, 148], [104, 140]])
 def test_ids_that_are_no_frames_are_refused(ids: list[int]) -> None:
     with pytest.raises(ValueError, match=r"audio ids must be|codebook whose turn"):
@@ -101,10 +120,18 @@ def test_text_pieces_keep_their_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("text_size", 0), ("n_q", 0), ("card", -1), ("card", 8.0), ("merge_repeats", 1)]
+    ("setting", "value"),
+    [("text_size", 0), ("n_q", 0), ("card", -1), ("card", 8.0), ("merge_repeats", 1), ("times", -1)],
 )
 def test_wrong_settings_are_named(setting: str, value: object) -> None:
-    settings: dict[str, object] = {"text_size": 100, "n_q": 1, "card": 8, "merge_repeats": False, setting: value}
+    settings: dict[str, object] = {
+        "text_size": 100,
+        "n_q": 1,
+        "card": 8,
+        "merge_repeats": False,
+        "times": 0,
+        setting: value,
+    }
     with pytest.raises(InputError, match=f"vocabulary.{setting}"):
         Vocabulary.from_dict(settings)
 
@@ -125,4 +152,4 @@ def test_fingerprint_tells_layouts_and_text_models_apart() -> None:
     assert TWO.fingerprint(b"a") == Vocabulary(100, 2, 8).fingerprint(b"a") == GOLDEN
 
 
-GOLDEN = "611a1270507bf740c985d9a6e172190ecea40a11e0f25cab3ddd9afe3eccb141"
+GOLDEN = "16e36dcdbe92b8ac265459019b85383fb288a18c33a0f2827caac5dfafb892e8"

@@ -17,7 +17,7 @@ from datasets import Dataset, Features, Sequence, Value
 
 from speechllm.codec import Codec, load_codec
 from speechllm.data.corpus import Item, read_corpus
-from speechllm.data.encoded import INFO
+from speechllm.data.encoded import INFO, write_facts
 from speechllm.data.perturb import vary
 from speechllm.errors import InputError
 from train.loop import progress_bar
@@ -29,11 +29,7 @@ FEATURES = Features(
         "split": Value("string"),
         "source": Value("string"),
         "speaker": Value("string"),
-        "language": Value("string"),
-        "text": Value("string"),
-        "translations": Value("string"),  # JSON: a struct would need every language in every row
-        "labels": Value("string"),
-        "duration": Value("float32"),
+        "facts": Value("string"),  # JSON: a struct would need every language and label in every row
         "n_q": Value("int16"),
         "codes": Sequence(Value("int16")),
     }
@@ -52,11 +48,7 @@ def encode_row(codec: Codec, item: Item, n_q: int, copy: int) -> dict:
         "split": known.split,
         "source": known.source,
         "speaker": known.speaker,
-        "language": known.language,
-        "text": known.text,
-        "translations": json.dumps(known.translations, ensure_ascii=False),
-        "labels": json.dumps(known.labels, ensure_ascii=False),
-        "duration": known.duration,
+        "facts": write_facts(known.facts()),
         "n_q": n_q,
         "codes": codes.flatten().to(torch.int16).numpy(),
     }
@@ -92,7 +84,7 @@ def encode_corpus(manifest: Path, codec_folder: Path, out: Path, n_q: int, copie
     codec = load_codec(codec_folder)
     codec.check_n_q(n_q)
     ids = hashlib.sha256("\n".join(item.utterance.id for item in items).encode()).hexdigest()[:16]
-    info = {"codec": codec.fingerprint(n_q), "n_q": n_q, "copies": copies, "utterances": ids}
+    info = {"codec": codec.fingerprint(n_q), "n_q": n_q, "copies": copies, "utterances": ids, "facts": True}
     out.mkdir(parents=True, exist_ok=True)
     if (out / INFO).is_file() and (out / INFO).read_bytes() != (json.dumps(info) + "\n").encode():
         raise InputError(f"{out}: holds another manifest, or was encoded otherwise; give another --out, or remove it")

@@ -7,27 +7,41 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import Annotated
 
 import matplotlib
 import typer
 
 from speechllm.audio import write_audio
-from speechllm.checkpoint import DEFAULT
+from speechllm.checkpoint import DEFAULT, read_settings
 from speechllm.data.corpus import Item, read_corpus
 from speechllm.data.manifest import Split
 from speechllm.errors import InputError
-from speechllm.metrics import bleu, bootstrap_interval, cer, wer
-from speechllm.tasks import TASKS, Task
+from speechllm.metrics import bleu, bootstrap_interval, cer
+from speechllm.tasks import TASKS, ParsedAnswer, Parts, Segment, Task
 from train.loop import progress_bar
+from train.scoring import score, words
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 FILES_A_CALL = 100
 RATE = 16000
+NAMES = {  # of scores, in tables
+    "wer": "WER %",
+    "bleu": "BLEU",
+    "uar": "UAR %",
+    "accuracy": "accuracy %",
+    "der": "DER %",
+    "cpwer": "cpWER %",
+    "f1": "speech F1 %",
+    "slot_f1": "slot F1 %",
+    "intent_accuracy": "intent accuracy %",
+    "malformed": "malformed %",
+}
 
 
 @dataclass(frozen=True)
@@ -40,21 +54,45 @@ class Result:
     speaker: str | None
     clips: int
     seconds: float
-    value: float  # percent for WER, 0-100 for BLEU
-    low: float | None  # 95 % interval over clips (bootstrap), for WER
-    high: float | None
-    cer: float | None
+    value: float  # percent; BLEU from 0 to 100
+    low: float | None = None  # 95 % interval over clips (bootstrap), for WER
+    high: float | None = None
+    cer: float | None = None
     signature: str | None = None  # of sacrebleu
 
 
-def reference(item: Item, task: Task) -> str | None:
-    """What the answer to ``task`` should be, or None when the data do not say."""
-    return task.write(item.utterance.text, item.utterance.translations)
+@dataclass(frozen=True)
+class Question:
+    """What one clip is asked, and the right answer."""
+
+    item: Item
+    instruction: str
+    answer: Parts
+
+
+def pose(item: Item, task: Task) -> Question | None:
+    """The first wording of the task, asked about a clip; None when the data do not hold the answer."""
+    asked = task.pose(item.utterance.facts(), Random(item.utterance.id), task.wordings[:1])
+    return Question(item, *asked) if asked else None
+
+
+def answers(
+    questions: Sequence[Question], task: Task, model: Path, advance: Callable[[int], None]
+) -> list[ParsedAnswer]:
+    """What ``speechllm ask`` answers, in order."""
+    found: dict[int, ParsedAnswer] = {}
+    for instruction in dict.fromkeys(question.instruction for question in questions):
+        own = [n for n, question in enumerate(questions) if question.instruction == instruction]
+        for n, answer in zip(own, ask([questions[n].item for n in own], instruction, model, advance), strict=True):
+            segments = tuple(Segment(**segment) for segment in answer["segments"])
+            text = answer["text"]
+            found[n] = ParsedAnswer(text, segments) if task.marks else task.read((text,) if text else ())
+    return [found[n] for n in range(len(questions))]
 
 
 def ask(items: Sequence[Item], instruction: str, model: Path, advance: Callable[[int], None]) -> list[dict]:
     """The answers of ``speechllm ask``, one JSON object an item, in order."""
-    answers: list[dict] = []
+    found: list[dict] = []
     for start in range(0, len(items), FILES_A_CALL):
         chunk = items[start : start + FILES_A_CALL]
         with tempfile.TemporaryDirectory() as folder:
@@ -74,23 +112,28 @@ def ask(items: Sequence[Item], instruction: str, model: Path, advance: Callable[
             raise InputError(f"{failed[0]['file']}: {failed[0]['error']}")
         if len(lines) != len(chunk):
             raise InputError(f"speechllm ask ended with code {done.returncode}: {done.stderr.strip()[-500:]}")
-        answers += lines
+        found += lines
         advance(len(chunk))
-    return answers
+    return found
 
 
-def score(name: str, task: Task, speaker: str | None, items: Sequence[Item], hypotheses: Sequence[str]) -> Result:
-    """The task's metric over ``items``."""
-    references = [reference(item, task) or "" for item in items]
-    seconds = sum(item.utterance.duration for item in items)
-    if task.metric == "bleu":
-        value, signature = bleu(references, hypotheses)
-        return Result(name, task.name, "BLEU", speaker, len(items), seconds, value, None, None, None, signature)
-    low, high = bootstrap_interval(references, hypotheses)
-    errors, characters = wer(references, hypotheses), cer(references, hypotheses)
-    return Result(
-        name, task.name, "WER %", speaker, len(items), seconds, 100 * errors, 100 * low, 100 * high, 100 * characters
-    )
+def results_of(
+    name: str, task: Task, speaker: str | None, questions: Sequence[Question], said: Sequence[ParsedAnswer]
+) -> list[Result]:
+    """The task's scores on these questions, WER with its interval and CER."""
+    true = [task.read(question.answer) for question in questions]
+    durations = [question.item.utterance.duration for question in questions]
+    results = []
+    for metric, value in score(task, true, said, durations).items():
+        result = Result(name, task.name, NAMES[metric], speaker, len(questions), sum(durations), value)
+        pairs = [words(answer, task) for answer in true], [words(answer, task) for answer in said]
+        if metric == "wer":
+            low, high = bootstrap_interval(*pairs)
+            result = replace(result, low=100 * low, high=100 * high, cer=100 * cer(*pairs))
+        elif metric == "bleu":
+            result = replace(result, signature=bleu(*pairs)[1])
+        results.append(result)
+    return results
 
 
 def table(results: Sequence[Result]) -> str:
@@ -133,27 +176,28 @@ def evaluate(sets: Sequence[Path], tasks: Sequence[str], model: Path, split: Spl
         items = read_corpus([path], split)
         name = path.name if path.is_dir() else path.parent.name
         for task in (TASKS[t] for t in tasks):
-            chosen = [item for item in items if reference(item, task)][
-                :limit
-            ]  # clips without speech are no test of words
-            if not chosen:
+            posed = (pose(item, task) for item in items)
+            # clips without speech are no test of words
+            questions = [question for question in posed if question and question.answer][:limit]
+            if not questions:
                 continue
             with progress_bar() as bar:
-                line = bar.add_task(f"{name} {task.name}", total=len(chosen))
-                answers = ask(chosen, task.wordings[0], model, lambda n: bar.advance(line, n))  # noqa: B023
-            hypotheses = [answer["text"] for answer in answers]
-            results.append(score(name, task, None, chosen, hypotheses))
-            speakers = sorted({item.utterance.speaker or "" for item in chosen})
+                line = bar.add_task(f"{name} {task.name}", total=len(questions))
+                said = answers(questions, task, model, lambda n: bar.advance(line, n))  # noqa: B023
+            results += results_of(name, task, None, questions, said)
+            speakers = sorted({question.item.utterance.speaker or "" for question in questions})
             for speaker in speakers if len(speakers) > 1 else ():
-                own = [i for i, item in enumerate(chosen) if (item.utterance.speaker or "") == speaker]
-                results.append(score(name, task, speaker, [chosen[i] for i in own], [hypotheses[i] for i in own]))
+                own = [n for n, q in enumerate(questions) if (q.item.utterance.speaker or "") == speaker]
+                results += results_of(name, task, speaker, [questions[n] for n in own], [said[n] for n in own])
     return results
 
 
 def main(
     sets: Annotated[list[Path], typer.Argument(help="manifest.jsonl files, or folders of recorded sets")],
     out: Annotated[Path, typer.Option(help="folder for results.json, results.md and results.png")],
-    task: Annotated[list[str] | None, typer.Option(help="repeatable; by default every task")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="repeatable; by default those the model was trained on")
+    ] = None,
     model: Annotated[Path, typer.Option(help="checkpoint folder")] = DEFAULT,
     split: Annotated[Split, typer.Option(help="which part of the sets")] = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="only the first clips of each set")] = None,
@@ -163,7 +207,7 @@ def main(
         for name in task or ():
             if name not in TASKS:
                 raise InputError(f"--task {name}: unknown; known are {', '.join(TASKS)}")
-        results = evaluate(sets, task or list(TASKS), model, split, limit)
+        results = evaluate(sets, task or read_settings(model).tasks, model, split, limit)
         if not results:
             raise InputError("none of the sets holds an answer to any of the tasks")
     except InputError as error:

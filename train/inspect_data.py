@@ -19,14 +19,14 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from speechllm.codec import Codec, load_codec
-from speechllm.data.answers import answers
 from speechllm.data.corpus import Item, read_corpus
 from speechllm.data.manifest import Split, Utterance
 from speechllm.errors import InputError
 from speechllm.prompt import Example, Rendered, render
-from speechllm.tasks import TASKS, Task
+from speechllm.tasks import TASKS, Parts, Task
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 from train.loop import progress_bar
@@ -71,11 +71,22 @@ def by_column(items: Sequence[Item]) -> dict[str, dict[str, dict[str, float]]]:
     return tables
 
 
+def questions(utterance: Utterance) -> dict[Task, tuple[str, Parts]]:
+    """The tasks that have an answer for an utterance: the first wording, and the answer."""
+    posed = {task: task.pose(utterance.facts(), Random(utterance.id), task.wordings[:1]) for task in TASKS.values()}
+    return {task: asked for task, asked in posed.items() if asked}
+
+
+def heard(task: Task, codes: Tensor) -> Tensor:
+    """The codes ``[n_q, frames]``, none of them for a task on text alone."""
+    return codes if task.listens else codes[:, :0]
+
+
 def by_task(items: Sequence[Item]) -> dict[str, dict[str, float]]:
     """Task -> utterances it has an answer for, and their hours; every task is named."""
     groups: dict[str, list[float]] = {name: [] for name in TASKS}
     for item in items:
-        for task in answers(item.utterance):
+        for task in questions(item.utterance):
             groups[task.name].append(item.utterance.duration)
     return counted(groups)
 
@@ -91,8 +102,8 @@ def sequence_lengths(
         frames = math.ceil(round(item.utterance.duration * codec.frame_rate, 3))
         codes = (torch.arange(frames) % vocabulary.card).expand(vocabulary.n_q, frames)
         yield [
-            len(render(Example(codes, task.wordings[0], answer, task.name), vocabulary, text).ids)
-            for task, answer in answers(item.utterance).items()
+            len(render(Example(heard(task, codes), *asked, task.name), vocabulary, text).ids)
+            for task, asked in questions(item.utterance).items()
         ]
 
 
@@ -100,7 +111,11 @@ def control_names(vocabulary: Vocabulary) -> dict[int, str]:
     """Control id -> the name of the vocabulary's property for it."""
     names = [name for name, value in vars(Vocabulary).items() if isinstance(value, property) and name[0] != "_"]
     found = {getattr(vocabulary, name): name for name in names if name != "size"}
-    return {index: name for index, name in found.items() if isinstance(index, int)}
+    marks = {vocabulary.speaker(n): f"speaker {n}" for n in range(1, vocabulary.MAX_SPEAKERS + 1)}
+    marks |= {
+        vocabulary.time(n * vocabulary.TIME_STEP): f"{n * vocabulary.TIME_STEP:.2f}" for n in range(vocabulary.times)
+    }
+    return {index: name for index, name in found.items() if isinstance(index, int)} | marks
 
 
 def readable(rendered: Rendered, vocabulary: Vocabulary, text: TextTokenizer) -> str:
@@ -133,7 +148,7 @@ def examples(
     Random(0).shuffle(shuffled)
     by_task: dict[Task, list[Item]] = {}
     for item in shuffled:
-        for task in answers(item.utterance):
+        for task in questions(item.utterance):
             by_task.setdefault(task, []).append(item)
     # each time another utterance: one that has answers for several tasks would come first in all of them
     turns = [
@@ -144,11 +159,9 @@ def examples(
     shown = []
     for task, item in turns[:count]:
         codes = codec.encode(item.wav(codec.sample_rate), n_q=N_Q)
-        answer = answers(item.utterance)[task]
         known = item.utterance
-        rendered = render(
-            Example(codes, task.wordings[0], answer, task.name, known.language, known.speaker), vocabulary, text
-        )
+        example = Example(heard(task, codes), *questions(known)[task], task.name, known.language, known.speaker)
+        rendered = render(example, vocabulary, text)
         sequence = readable(rendered, vocabulary, text)
         shown.append({"id": known.id, "task": task.name, "ids": len(rendered.ids), "sequence": sequence})
     return shown
@@ -230,7 +243,9 @@ def inspect_corpus(
         raise InputError(f"no utterance in {', '.join(map(str, manifests))}")
     text = TextTokenizer.load(text_model)
     codec = load_codec(codec_folder)
-    vocabulary = Vocabulary(text.size, N_Q, codec.card)
+    longest = max(item.utterance.duration for item in items)
+    times = math.ceil(longest / Vocabulary.TIME_STEP) + 1
+    vocabulary = Vocabulary(text.size, N_Q, codec.card, times=times)
     lengths: list[int] = []
     with progress_bar(Console(stderr=True)) as bar:
         for found in bar.track(sequence_lengths(items, codec, vocabulary, text), len(items), description="render"):

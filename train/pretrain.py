@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from speechllm.checkpoint import save_checkpoint
 from speechllm.codec import SpeechCodec, load_codec
-from speechllm.data.encoded import read_encoded
+from speechllm.data.encoded import read_encoded, row_facts
 from speechllm.data.mixture import Mixture, TrainingBatch
 from speechllm.data.sampling import LengthSampler, prefetch, short_first
 from speechllm.errors import InputError
@@ -61,9 +61,9 @@ class Trainer:
             raise InputError(f"{config.out}: holds a run already: add --resume to go on, or set another 'out'")
         self.text = TextTokenizer.load(config.text_model)
         codec = load_codec(config.codec)
-        self.vocabulary = Vocabulary(self.text.size, config.n_q, codec.card, config.merge_repeats)
+        self.vocabulary = Vocabulary(self.text.size, config.n_q, codec.card, config.merge_repeats, config.times)
         train = read_encoded(config.corpora, "train", codec).filter(
-            lambda row: row["duration"] <= config.max_audio_seconds
+            lambda row: row_facts(row).duration <= config.max_audio_seconds
         )
         self.mixture = Mixture(train, self.vocabulary, self.text, config.tasks, config.code_noise)
         if not self.mixture.rows:
@@ -136,6 +136,7 @@ class Trainer:
                 name=self.config.name,
                 max_audio_seconds=self.config.max_audio_seconds,
                 max_answer_tokens=self.config.max_answer_tokens,
+                tasks=list(self.config.tasks),
                 dtype=torch.bfloat16,
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from speechllm.model import ModelConfig
 from speechllm.tasks import TASKS
+from speechllm.vocabulary import Vocabulary
 from train.config import Settings
 
 
@@ -62,6 +64,19 @@ class Pretraining(Settings):
     def _ctc_layer_exists(self) -> Pretraining:
         if self.ctc_weight and self.ctc_layer > self.model.num_layers:
             raise ValueError(f"ctc_layer = {self.ctc_layer} exceeds model.num_layers = {self.model.num_layers}")
+        return self
+
+    @property
+    def times(self) -> int:
+        """Marks of times in the vocabulary: enough for the longest clip when a task needs them."""
+        if not any(TASKS[name].marks for name in self.tasks):
+            return 0
+        return math.ceil(self.max_audio_seconds / Vocabulary.TIME_STEP) + 1
+
+    @model_validator(mode="after")
+    def _times_are_heard(self) -> Pretraining:
+        if self.times and self.merge_repeats:
+            raise ValueError("merge_repeats loses when things are said: set it to false, or leave out tasks with times")
         return self
 
     def deepspeed_config(self, world: int, gpu: bool) -> dict[str, Any]:

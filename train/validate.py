@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import speechllm._torchaudio  # noqa: F401  # before transformers, whose models import torchaudio
 
@@ -17,12 +18,12 @@ from speechllm.codec import Codec
 from speechllm.data.encoded import read_encoded
 from speechllm.data.mixture import Mixture
 from speechllm.generate import generate
-from speechllm.metrics import bleu, wer
-from speechllm.prompt import IGNORE_INDEX, Example, answer_text, collate, next_ids, render
-from speechllm.tasks import TASKS
+from speechllm.prompt import IGNORE_INDEX, Example, answer_parts, collate, next_ids, render
+from speechllm.tasks import TASKS, Parts
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 from train.pretrain_config import Pretraining
+from train.scoring import SCORES, score
 
 CHUNK = 16  # clips in one forward pass
 
@@ -34,6 +35,7 @@ class DevSet:
     name: str
     task: str
     examples: list[Example]
+    durations: list[float]  # of the clips, in seconds
 
 
 class Validation:
@@ -48,25 +50,22 @@ class Validation:
         for folder in config.dev_corpora:
             mixture = Mixture(read_encoded([folder], "dev", codec), vocabulary, text, config.tasks)
             for name in config.tasks:
-                examples = dev_examples(mixture, name, config.decode_examples)
-                if examples:
-                    self.sets.append(DevSet(f"{Path(folder).name}", name, examples[rank::world]))
+                if dev := dev_set(Path(folder).name, mixture, name, config.decode_examples, rank, world):
+                    self.sets.append(dev)
 
     def run(self, lm: PreTrainedModel) -> dict[str, float]:
-        """``loss_…``, ``gap_…`` and ``wer_…`` (percent) or ``bleu_…`` of each task and corpus, same on all ranks."""
+        """``loss_…``, ``gap_…`` and the scores (``wer_…``) of each task and corpus, the same on all ranks."""
         lm.eval()
         scores: dict[str, float] = {}
         for dev in self.sets:
             label = f"{dev.task}_{dev.name}"
             own, foreign = self.losses(lm, dev)
             scores[f"loss_{label}"], scores[f"gap_{label}"] = own, foreign - own
-            answers = self.gather([self.decode(lm, dev), [e.answer for e in dev.examples]])
-            hypotheses = [text for part, _ in answers for text in part]
-            references = [text for _, part in answers for text in part]
-            if TASKS[dev.task].metric == "wer":
-                scores[f"wer_{label}"] = 100 * wer(references, hypotheses)
-            else:
-                scores[f"bleu_{label}"] = bleu(references, hypotheses)[0]
+            shares = self.gather([self.decode(lm, dev), [e.answer for e in dev.examples], dev.durations])
+            said, true, durations = ([value for share in shares for value in share[n]] for n in range(3))
+            read = TASKS[dev.task].read
+            for name, value in score(TASKS[dev.task], [*map(read, true)], [*map(read, said)], durations).items():
+                scores[f"{name}_{label}"] = value
         lm.train()
         return scores
 
@@ -95,9 +94,9 @@ class Validation:
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
         return loss, (target != IGNORE_INDEX).sum().float()
 
-    def decode(self, lm: PreTrainedModel, dev: DevSet) -> list[str]:
+    def decode(self, lm: PreTrainedModel, dev: DevSet) -> list[Parts]:
         """The LM's own answers to the examples."""
-        answers: list[str] = []
+        answers: list[Parts] = []
         for start in range(0, len(dev.examples), CHUNK):
             prompts = [
                 render(Example(e.codes, e.instruction), self.vocabulary, self.text).ids
@@ -110,7 +109,7 @@ class Validation:
                 pad_id=self.vocabulary.pad,
                 max_new_tokens=self.max_answer_tokens,
             )
-            answers += [answer_text(c.ids, self.vocabulary, self.text) for c in completions]
+            answers += [answer_parts(c.ids, self.vocabulary, self.text) for c in completions]
         return answers
 
     def gather(self, value: list) -> list[list]:
@@ -128,17 +127,27 @@ class Validation:
             "training loss": ["answer", "ctc", "aux"],
             "validation loss": [f"loss_{label}" for label in labels],
             "listening gap": [f"gap_{label}" for label in labels],
-            "WER %": [f"wer_{label}" for label in labels],
-            "BLEU": [f"bleu_{label}" for label in labels],
+            **{
+                name: [f"{name}_{label}" for dev, label in zip(self.sets, labels, strict=True) if name in scores(dev)]
+                for name in dict.fromkeys(name for dev in self.sets for name in scores(dev))
+            },
             "share of an expert": ["busiest_expert", "idlest_expert"],
         }
 
 
-def dev_examples(mixture: Mixture, task: str, most: int) -> list[Example]:
-    """Up to ``most`` examples of ``task``, spread over the corpus, asked with the task's first wording."""
-    able = [i for i, row in enumerate(mixture.rows) if TASKS[task] in mixture.answers(row)]
+def scores(dev: DevSet) -> tuple[str, ...]:
+    """Names of the scores of a dev set's task."""
+    return SCORES[TASKS[dev.task].metric]
+
+
+def dev_set(name: str, mixture: Mixture, task_name: str, most: int, rank: int, world: int) -> DevSet | None:
+    """This rank's share of up to ``most`` clips, spread over the corpus, asked with the task's first wording."""
+    task = TASKS[task_name]
+    posed = [(i, task.pose(facts, Random(i), task.wordings[:1])) for i, facts in enumerate(mixture.facts)]
+    able = [(i, asked) for i, asked in posed if asked]
     chosen = able[:: max(1, len(able) // most)][:most]
-    return [
-        Example(mixture.codes[i].long(), TASKS[task].wordings[0], mixture.answers(mixture.rows[i])[TASKS[task]], task)
-        for i in chosen
-    ]
+    if not chosen:
+        return None
+    examples = [Example(mixture.heard(i, task), *asked, task_name) for i, asked in chosen]
+    durations = [mixture.facts[i].duration for i, _ in chosen]
+    return DevSet(name, task_name, examples[rank::world], durations[rank::world])

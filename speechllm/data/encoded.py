@@ -10,19 +10,22 @@ import numpy as np
 import torch
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from speechllm.codec import Codec
 from speechllm.errors import InputError
+from speechllm.tasks import Facts
 
 INFO = "info.json"  # of the codec that made the codes
+_FACTS = TypeAdapter(Facts)
 
 
 def read_encoded(folders: Sequence[str | Path], split: str, codec: Codec | None = None) -> Dataset:
     """The rows of one split of several encoded corpora.
 
-    Columns: those of :class:`speechllm.data.manifest.Utterance` that a task needs (``text`` and so on), and ``codes``,
-    int16, flattened ``[n_q * frames]``, with ``n_q``.
+    Columns: ``id``, ``split``, ``source``, ``speaker``; ``facts``, see :func:`row_facts`; and ``codes``, int16,
+    flattened ``[n_q * frames]``, with ``n_q``.
 
     Raises:
         InputError: a folder holds no shards, a file is damaged, no row is of the split, or a corpus was not encoded
@@ -35,7 +38,11 @@ def read_encoded(folders: Sequence[str | Path], split: str, codec: Codec | None 
             raise InputError(f"{folder}: not an encoded corpus; make it with python -m train.encode")
         try:
             info = json.loads((folder / INFO).read_text(encoding="utf-8"))
+            if not info.get("facts"):
+                raise InputError(f"{folder}: encoded by an older version; encode it again with python -m train.encode")
             fits = codec is None or info["codec"] == codec.fingerprint(info["n_q"])
+        except InputError:
+            raise
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder / INFO}: damaged; encode again with python -m train.encode") from error
         if not fits:
@@ -60,3 +67,13 @@ def row_codes(row: dict, n_q: int) -> Tensor:
     if n_q > len(codes):
         raise InputError(f"{row['id']}: encoded with {len(codes)} codebooks, {n_q} are asked for; encode it again")
     return codes[:n_q]
+
+
+def write_facts(facts: Facts) -> str:
+    """As JSON, for the column ``facts``."""
+    return _FACTS.dump_json(facts, exclude_defaults=True).decode()
+
+
+def row_facts(row: dict) -> Facts:
+    """What is known about the utterance of a row."""
+    return _FACTS.validate_json(row["facts"])

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from speechllm.audio import read_audio
 from speechllm.errors import InputError, first_problem
-from speechllm.tasks import Segment
+from speechllm.tasks import Facts, Segment
 
 Split = Literal["train", "dev", "test"]
 Gender = Literal["male", "female"]
@@ -47,6 +48,10 @@ class Utterance(BaseModel):
     labels: dict[str, str | int | float] = Field(default_factory=dict)
     split: Split
     source: str
+
+    def facts(self) -> Facts:
+        """What tasks may know about it."""
+        return Facts(**{field.name: getattr(self, field.name) for field in fields(Facts)})
 
     @model_validator(mode="after")
     def _tar_is_complete(self) -> "Utterance":

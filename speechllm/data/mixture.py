@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from random import Random
@@ -11,7 +10,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from speechllm.data.encoded import row_codes
+from speechllm.data.encoded import row_codes, row_facts
 from speechllm.prompt import Batch, Example, collate, render
 from speechllm.tasks import TASKS, Task
 from speechllm.text import TextTokenizer
@@ -50,38 +49,45 @@ class Mixture:
         code_noise: probability with which a frame's codes are replaced by random ones."""
         self.vocabulary, self.text, self.code_noise = vocabulary, text, code_noise
         self.weights = {TASKS[name]: weight for name, weight in weights.items()}
-        self.rows = [row for row in rows if self.answers(row)]
-        self.codes = [row_codes(row, vocabulary.n_q).to(torch.int16) for row in self.rows]
-        for row in self.rows:
-            del row["codes"]
+        self.rows, self.facts, self.codes = [], [], []
+        for row in rows:
+            facts = row_facts(row)
+            if any(task.pose(facts, Random(0)) for task in self.weights):
+                self.codes.append(row_codes(row, vocabulary.n_q).to(torch.int16))
+                self.facts.append(facts)
+                self.rows.append({name: value for name, value in row.items() if name not in ("codes", "facts")})
         # the audio is most of a sequence; the instruction takes a dozen ids
         self.lengths = [
-            len(vocabulary.audio_ids(codes)) + len(text.encode(row["text"] or "")) + 12.0
-            for row, codes in zip(self.rows, self.codes, strict=True)
+            len(vocabulary.audio_ids(codes)) + len(text.encode(facts.text or "")) + 12.0
+            for facts, codes in zip(self.facts, self.codes, strict=True)
         ]
-
-    def answers(self, row: Mapping) -> dict[Task, str]:
-        """The tasks of the mixture that this utterance has an answer for."""
-        translations = json.loads(row["translations"])
-        written = {task: task.write(row["text"], translations) for task in self.weights}
-        return {task: answer for task, answer in written.items() if answer is not None}
 
     def example(self, index: int, rng: Random) -> Example:
         """Utterance ``index`` with a task, a training wording and the task's answer."""
-        row, codes = self.rows[index], self.codes[index].long()
-        answers = self.answers(row)
-        task = rng.choices(list(answers), [self.weights[t] for t in answers])[0]
-        if self.code_noise:
+        row, facts = self.rows[index], self.facts[index]
+        posed = {task: asked for task in self.weights if (asked := task.pose(facts, rng))}
+        task = rng.choices(list(posed), [self.weights[t] for t in posed])[0]
+        instruction, answer = posed[task]
+        return Example(self.heard(index, task, rng), instruction, answer, task.name, facts.language, row["speaker"])
+
+    def heard(self, index: int, task: Task, rng: Random | None = None) -> Tensor:
+        """The codes of an utterance ``[n_q, frames]``, with ``rng`` some replaced where ``code_noise`` says so."""
+        codes = self.codes[index].long()
+        if not task.listens:
+            return codes[:, :0]
+        if rng is not None and self.code_noise:
             generator = torch.Generator().manual_seed(rng.getrandbits(62))
             hit = torch.rand(codes.shape[1], generator=generator) < self.code_noise
             noise = torch.randint(self.vocabulary.card, codes.shape, generator=generator)
             codes = torch.where(hit, noise, codes)
-        return Example(codes, rng.choice(task.wordings), answers[task], task.name, row["language"], row["speaker"])
+        return codes
 
     def batch(self, indices: list[int], rng: Random) -> TrainingBatch:
         """The utterances as padded sequences with their loss mask and transcripts."""
-        lm = collate([render(self.example(i, rng), self.vocabulary, self.text) for i in indices], self.vocabulary.pad)
-        transcripts = [torch.tensor(self.text.encode(self.rows[i]["text"] or ""), dtype=torch.int64) for i in indices]
+        examples = [self.example(i, rng) for i in indices]
+        lm = collate([render(example, self.vocabulary, self.text) for example in examples], self.vocabulary.pad)
+        heard = [self.facts[i].text or "" if e.codes.numel() else "" for i, e in zip(indices, examples, strict=True)]
+        transcripts = [torch.tensor(self.text.encode(text), dtype=torch.int64) for text in heard]
         return TrainingBatch(
             lm=lm,
             audio_mask=self.vocabulary.is_audio(lm.input_ids) | (lm.input_ids == self.vocabulary.audio_end),

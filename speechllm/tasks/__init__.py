@@ -1,0 +1,82 @@
+"""What a task is: the words that ask for it, how its answer is written and read back, and its metric."""
+
+from speechllm.tasks import wordings as w
+from speechllm.tasks.answer import Facts, ParsedAnswer, Part, Parts, Segment, Speaker, Time, shown
+from speechllm.tasks.base import Metric, Task, normalize_instruction
+from speechllm.tasks.labels import Accent, Emotion, Gender, Intent, IsEmotion, Language, NumberOfSpeakers, SpokenWord
+from speechllm.tasks.timed import Timed, VoiceActivity
+from speechllm.tasks.words import NextText, TextTranslation, Words
+
+__all__ = [
+    "TASKS",
+    "Facts",
+    "Metric",
+    "ParsedAnswer",
+    "Part",
+    "Parts",
+    "Segment",
+    "Speaker",
+    "Task",
+    "Time",
+    "find_task",
+    "normalize_instruction",
+    "shown",
+]
+
+TARGETS = {"de": "German", "fr": "French", "cs": "Czech", "en": "English"}  # languages to translate into
+# asked about where a word is to be one that is not spoken: frequent in captions, commands and digits
+# fmt: off
+SOUGHT = (
+    "man", "woman", "dog", "two", "people", "young", "girl", "boy", "street", "water", "ball", "red", "white", "blue",
+    "black", "shirt", "walking", "standing", "playing", "front", "group", "child", "running", "holding", "green",
+    "yellow", "bike", "field", "snow", "beach", "zero", "one", "three", "four", "five", "six", "seven", "eight",
+    "nine", "stop", "left", "right", "down", "computer", "coffee",
+)
+# fmt: on
+
+
+def _in(language: str, texts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(text.replace("LANG", language).replace("a English", "an English") for text in texts)
+
+
+def _translations() -> list[Task]:
+    tasks: list[Task] = []
+    for code, name in TARGETS.items():
+        spoken = (_in(name, w.TRANSLATE), _in(name, w.TRANSLATE_HELD_OUT))
+        written = (_in(name, w.TRANSLATE_TEXT), _in(name, w.TRANSLATE_TEXT_HELD_OUT))
+        tasks += [
+            Words(f"translate_{code}", "bleu", *spoken, target=code),
+            TextTranslation(f"translate_text_{code}", "bleu", *written, target=code),
+        ]
+    return tasks
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Words("transcribe", "wer", w.TRANSCRIBE, w.TRANSCRIBE_HELD_OUT),
+        Timed("transcribe_times", "wer", w.TRANSCRIBE_TIMES, w.TRANSCRIBE_TIMES_HELD_OUT),
+        *_translations(),
+        Timed("diarize", "turns", w.DIARIZE, w.DIARIZE_HELD_OUT, speakers=True),
+        Timed("turns", "turns", w.TURNS, w.TURNS_HELD_OUT, speakers=True, words=False),
+        VoiceActivity("activity", "activity", w.ACTIVITY, w.ACTIVITY_HELD_OUT),
+        Emotion("emotion", "accuracy", w.EMOTION, w.EMOTION_HELD_OUT),
+        IsEmotion("is_emotion", "accuracy", w.IS_EMOTION, w.IS_EMOTION_HELD_OUT),
+        Language("language", "accuracy", w.LANGUAGE, w.LANGUAGE_HELD_OUT),
+        Gender("gender", "accuracy", w.GENDER, w.GENDER_HELD_OUT),
+        Accent("accent", "accuracy", w.ACCENT, w.ACCENT_HELD_OUT),
+        NumberOfSpeakers("speakers", "accuracy", w.SPEAKERS, w.SPEAKERS_HELD_OUT),
+        SpokenWord("spoken_word", "accuracy", w.SPOKEN_WORD, w.SPOKEN_WORD_HELD_OUT, others=SOUGHT),
+        Intent("intent", "slots", w.INTENT, w.INTENT_HELD_OUT),
+        NextText("next_text", "wer", w.NEXT_TEXT, w.NEXT_TEXT_HELD_OUT),
+    )
+}
+
+
+def find_task(instruction: str) -> Task | None:
+    """The task that this instruction is a known wording of (trained or held out), or None.
+
+    Case, white space and final punctuation do not matter. An instruction without a task is no error: the model
+    answers it in its own way, and the answer is read as plain text.
+    """
+    return next((task for task in TASKS.values() if task.match(instruction) is not None), None)

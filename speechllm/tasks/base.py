@@ -1,0 +1,101 @@
+"""The task: words that ask, a way to write the answer, a way to read it back, and a metric."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cache
+from random import Random
+from typing import Literal
+
+from speechllm.tasks.answer import Facts, ParsedAnswer, Parts
+
+Metric = Literal["wer", "bleu", "accuracy", "turns", "activity", "slots"]
+
+
+def normalize_instruction(text: str) -> str:
+    """Strip and collapse white space; case and punctuation stay. What users type and what is trained pass here."""
+    return " ".join(text.split())
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """What every task has. The wordings of some have a gap, ``{}``, for what is asked about: a word, an emotion.
+
+    wordings: instructions used in training. held_out: instructions never trained on, to test unseen wordings.
+    listens: whether the answer comes from the audio; otherwise the instruction holds all that is needed.
+    marks: whether answers hold marks of times or speakers.
+    """
+
+    name: str
+    metric: Metric
+    wordings: tuple[str, ...]
+    held_out: tuple[str, ...]
+    listens: bool = True
+    marks: bool = False
+
+    def argument(self, facts: Facts, rng: Random) -> str | None:
+        """What to ask about: the filling of the gap, "" for wordings without one; None where there is nothing."""
+        return ""
+
+    @abstractmethod
+    def write(self, facts: Facts, argument: str = "") -> Parts | None:
+        """The answer, () where nobody speaks; None when the data do not hold it. White space is collapsed."""
+
+    @abstractmethod
+    def read(self, parts: Parts) -> ParsedAnswer:
+        """Read a generated answer back. Never raises: what is malformed is told in ``faults``."""
+
+    def pose(self, facts: Facts, rng: Random, wordings: tuple[str, ...] | None = None) -> tuple[str, Parts] | None:
+        """An instruction, drawn from ``wordings`` (the trained ones unless given), and its answer; None if unknown."""
+        argument = self.argument(facts, rng)
+        answer = None if argument is None else self.write(facts, argument)
+        if answer is None:
+            return None
+        assert argument is not None
+        return rng.choice(wordings or self.wordings).replace("{}", argument), answer
+
+    def fits(self, argument: str) -> bool:
+        """Whether the gap of a wording may be filled with this."""
+        return True
+
+    def match(self, instruction: str) -> str | None:
+        """The argument with which ``instruction`` is a wording of this task, or None when it is not one.
+
+        Case, white space and final punctuation do not matter.
+        """
+        for pattern in _patterns(self.wordings + self.held_out):
+            if found := pattern.fullmatch(bare(instruction)):
+                argument = found[1].strip() if pattern.groups else ""
+                if self.fits(argument):
+                    return argument
+        return None
+
+
+@cache
+def _patterns(wordings: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
+    patterns = []
+    for wording in wordings:
+        before, gap, after = wording.partition("{}")
+        ends = re.escape(bare(after))
+        patterns.append(re.compile(f"{re.escape(bare(before, False))}(.+){ends}" if gap else re.escape(bare(wording))))
+    return tuple(patterns)
+
+
+def bare(text: str, ends: bool = True) -> str:
+    """Lower case, white space collapsed and, where the text ``ends`` the instruction, no final punctuation."""
+    text = re.sub(r"\s+", " ", text).casefold()
+    while ends and text and (unicodedata.category(text[-1])[0] == "P" or text[-1].isspace()):
+        text = text[:-1]
+    return text.lstrip()
+
+
+def collapsed(text: str) -> str:
+    return " ".join(text.split())
+
+
+def words_of(parts: Parts) -> str:
+    """The text of an answer, its marks left out."""
+    return collapsed(" ".join(part for part in parts if isinstance(part, str)))

@@ -1,0 +1,188 @@
+"""Tasks answered with a label: emotion, language, gender, accent, number of speakers, yes or no, an intent."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from random import Random
+
+from speechllm.metrics import normalize_text
+from speechllm.tasks.answer import Facts, ParsedAnswer, Parts
+from speechllm.tasks.base import Task, collapsed, words_of
+
+YES, NO = "yes", "no"
+# how sets of recordings call an emotion -> how we do, an adjective that fits "Is the speaker …?"
+EMOTIONS = {
+    "anger": "angry",
+    "boredom": "bored",
+    "calm": "calm",
+    "disgust": "disgusted",
+    "fear": "afraid",
+    "happiness": "happy",
+    "neutral": "neutral",
+    "sadness": "sad",
+    "surprise": "surprised",
+}
+LANGUAGES = {
+    "cs": "Czech",
+    "de": "German",
+    "en": "English",
+    "fr": "French",
+    "nl": "Dutch",
+    "pl": "Polish",
+    "ur": "Urdu",
+}
+ACCENTS = {"USA/neutral": "American", "GRC/Greek": "Greek", "DEU/German": "German", "BEL/French": "French"}
+NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight")
+
+
+@dataclass(frozen=True)
+class Label(Task):
+    """One of a closed set of words.
+
+    labels: the answers there are.
+    """
+
+    labels: tuple[str, ...] = ()
+
+    def of(self, facts: Facts) -> str | None:
+        """The label of a recording, None when it is not known."""
+        raise NotImplementedError
+
+    def write(self, facts: Facts, argument: str = "") -> Parts | None:
+        label = self.of(facts)
+        return None if label is None else (label,)
+
+    def read(self, parts: Parts) -> ParsedAnswer:
+        words = words_of(parts)
+        known = {normalize_text(label): label for label in self.labels}
+        label = known.get(normalize_text(words))
+        faults = () if label else (f"{words!r} is none of {', '.join(self.labels)}",)
+        return ParsedAnswer(words, label=label, faults=faults)
+
+
+@dataclass(frozen=True)
+class Emotion(Label):
+    labels: tuple[str, ...] = tuple(EMOTIONS.values())
+
+    def of(self, facts: Facts) -> str | None:
+        return EMOTIONS.get(str(facts.labels.get("emotion")))
+
+
+@dataclass(frozen=True)
+class Language(Label):
+    labels: tuple[str, ...] = tuple(LANGUAGES.values())
+
+    def of(self, facts: Facts) -> str | None:
+        return None if facts.text == "" else LANGUAGES.get(facts.language or "")
+
+
+@dataclass(frozen=True)
+class Gender(Label):
+    labels: tuple[str, ...] = ("female", "male")
+
+    def of(self, facts: Facts) -> str | None:
+        return facts.gender
+
+
+@dataclass(frozen=True)
+class Accent(Label):
+    labels: tuple[str, ...] = tuple(ACCENTS.values())
+
+    def of(self, facts: Facts) -> str | None:
+        return ACCENTS.get(str(facts.labels.get("accent")))
+
+
+@dataclass(frozen=True)
+class NumberOfSpeakers(Label):
+    labels: tuple[str, ...] = NUMBERS
+
+    def of(self, facts: Facts) -> str | None:
+        if facts.text == "":
+            return NUMBERS[0]
+        speakers = {segment.speaker for segment in facts.segments}
+        return NUMBERS[len(speakers)] if 0 < len(speakers) < len(NUMBERS) and None not in speakers else None
+
+
+@dataclass(frozen=True)
+class IsEmotion(Label):
+    """Yes or no: half of the questions are about the emotion that is there."""
+
+    labels: tuple[str, ...] = (YES, NO)
+
+    def fits(self, argument: str) -> bool:
+        return argument in EMOTIONS.values()
+
+    def argument(self, facts: Facts, rng: Random) -> str | None:
+        emotion = EMOTIONS.get(str(facts.labels.get("emotion")))
+        if emotion is None or rng.random() < 0.5:
+            return emotion
+        return rng.choice([other for other in EMOTIONS.values() if other != emotion])
+
+    def write(self, facts: Facts, argument: str = "") -> Parts | None:
+        emotion = EMOTIONS.get(str(facts.labels.get("emotion")))
+        return None if emotion is None else (YES if emotion == argument else NO,)
+
+
+@dataclass(frozen=True)
+class SpokenWord(Label):
+    """Yes or no: half of the questions are about a word that is spoken.
+
+    others: words to ask about that most likely are not.
+    """
+
+    labels: tuple[str, ...] = (YES, NO)
+    others: tuple[str, ...] = ()
+
+    def argument(self, facts: Facts, rng: Random) -> str | None:
+        words = [word for word in normalize_text(facts.text or "").split() if len(word) > 2]
+        if facts.text is None or (words and rng.random() < 0.5):
+            return rng.choice(words) if words else None
+        return rng.choice([other for other in self.others if other not in words])
+
+    def write(self, facts: Facts, argument: str = "") -> Parts | None:
+        if facts.text is None:
+            return None
+        return (YES if argument in normalize_text(facts.text).split() else NO,)
+
+
+@dataclass(frozen=True)
+class Intent(Task):
+    """``intent(slot=value, …)``; slots in the order of their names."""
+
+    def write(self, facts: Facts, argument: str = "") -> Parts | None:
+        if facts.intent is None:
+            return None
+        return (write_intent(facts.intent, facts.slots),)
+
+    def read(self, parts: Parts) -> ParsedAnswer:
+        words = words_of(parts)
+        intent, slots, faults = read_intent(words)
+        return ParsedAnswer(words, label=intent, slots=slots, faults=faults)
+
+
+def write_intent(intent: str, slots: Mapping[str, str]) -> str:
+    """What has a meaning in the grammar is taken out of names and values."""
+    pairs = (f"{_plain(name)}={_plain(value)}" for name, value in sorted(slots.items()))
+    return f"{_plain(intent)}({', '.join(pairs)})"
+
+
+def read_intent(text: str) -> tuple[str | None, dict[str, str], tuple[str, ...]]:
+    """Intent (None when there is none), slots, and faults of what :func:`write_intent` wrote, or a model did."""
+    found = re.fullmatch(r"([^()=,]+)\((.*?)(\)?)", text.strip(), re.DOTALL)
+    if not found:
+        return None, {}, (f"{text!r} is no intent(slot=value, …)",)
+    faults = [] if found[3] else ["the closing bracket is missing"]
+    slots: dict[str, str] = {}
+    for pair in filter(None, (pair.strip() for pair in found[2].split(","))):
+        name, equals, value = (piece.strip() for piece in pair.partition("="))
+        if not (name and equals and value) or name in slots:
+            faults.append(f"{pair!r} is no new slot=value")
+        else:
+            slots[name] = value
+    return found[1].strip(), slots, tuple(faults)
+
+
+def _plain(text: str) -> str:
+    return collapsed(re.sub(r"[(),=]", " ", text))
