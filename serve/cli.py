@@ -102,7 +102,12 @@ def ask(
     with plain_errors():
         checkpoint = _load(model, device)
         from serve.answer import Answerer, Failure
+        from speechllm.tasks import find_task
 
+        task = find_task(instruction)
+        if task is not None and task.name not in checkpoint.settings.tasks:
+            known = ", ".join(checkpoint.settings.tasks)
+            complain(f"warning: this checkpoint was not trained on the task {task.name}; it knows {known}")
         failed = False
         for answer in _with_progress(Answerer(checkpoint, batch).ask(audio, instruction), len(audio)):
             failed = failed or isinstance(answer, Failure)
@@ -140,8 +145,9 @@ def info(model: Model = None) -> None:
             "longest clip": f"{settings.max_audio_seconds:g} s; longer audio is answered piece by piece",
             "longest answer": f"{settings.max_answer_tokens} text pieces for each piece of audio",
         }
-        for task in TASKS.values():
-            rows[f"task {task.name}"] = f'"{task.wordings[0]}", or other words for it'
+        for name in settings.tasks:
+            wording = TASKS[name].wordings[0].replace("{}", "…") if name in TASKS else "(unknown to this version)"
+            rows[f"task {name}"] = f'"{wording}", or other words for it'
         width = max(map(len, rows))
         for name, value in rows.items():
             print(f"{name:<{width}}  {value}", flush=True)

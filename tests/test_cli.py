@@ -210,10 +210,18 @@ def test_bad_usage(arguments: tuple[str, ...]) -> None:
     assert (result.exit_code, result.stdout) == (2, "")
 
 
+def test_a_task_it_was_not_trained_on_is_told(tiny_checkpoint: Path, good: list[str]) -> None:
+    result = ask(tiny_checkpoint, "Translate this audio to French", good[0])
+    assert result.exit_code == 0
+    assert "warning: this checkpoint was not trained on the task translate_fr; it knows transcribe" in result.stderr
+    for instruction in (ASK, "Hum along."):
+        assert "not trained" not in ask(tiny_checkpoint, instruction, good[0]).stderr
+
+
 def test_info_says_what_the_checkpoint_is(tiny_checkpoint: Path) -> None:
     result = run("info", "--model", str(tiny_checkpoint))
     assert (result.exit_code, result.stderr) == (0, "")
-    for words in ("tiny random", "mixtral, 2 layers", "16000 Hz, 25 frames a second", "8 s", "translate_de"):
+    for words in ("tiny random", "mixtral, 2 layers", "16000 Hz, 25 frames a second", "8 s", "task transcribe"):
         assert words in result.stdout
 
 

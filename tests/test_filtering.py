@@ -113,7 +113,7 @@ def test_duplicates(tmp_path: Path) -> None:
         "same": wav,
         "quieter": 0.3 * wav,
         "lossy": wav,
-        "later": np.concatenate([np.zeros(700, np.float32), wav]),
+        "later": np.concatenate([np.zeros(512, np.float32), wav]),
         "again": sound(2),
         "longer": np.concatenate([wav, sound(3, 0.5)]),
         "bob": wav,

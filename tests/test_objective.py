@@ -1,6 +1,5 @@
 """The training losses, against Hugging Face's and PyTorch's own on the same batch."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -12,9 +11,11 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from speechllm.data.encoded import write_facts
 from speechllm.data.mixture import Mixture, TrainingBatch
 from speechllm.model import ModelConfig, make_model
 from speechllm.prompt import IGNORE_INDEX, Batch
+from speechllm.tasks import Facts
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 from train.encode import FEATURES
@@ -31,8 +32,8 @@ def mixture() -> Mixture:
     rng = Random(0)
     rows = [
         {
-            "id": str(n), "split": "train", "source": "made", "speaker": None, "language": "en", "text": text,
-            "translations": json.dumps({}), "labels": "{}", "duration": frames / 25, "n_q": 1,
+            "id": str(n), "split": "train", "source": "made", "speaker": None, "n_q": 1,
+            "facts": write_facts(Facts(frames / 25, text, "en")),
             "codes": [rng.randrange(16) for _ in range(frames)],
         }
         for n, (frames, text) in enumerate(CLIPS)

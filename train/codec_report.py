@@ -39,27 +39,33 @@ def at_least(what: str, on: str, value: float, bound: float, unit: str, digits: 
     return Verdict(what, on, f"{value:.{digits}f}{unit}", f"at least {bound:g}{unit}", value >= bound)
 
 
+def above_log_mel(rate: str, group: str, ours: float, mel: float) -> Verdict:
+    above = 100 * (ours / mel - 1) if mel else 0.0 if not ours else float("inf")
+    reached = None if rate == "wer" and min(ours, mel) > READABLE else above <= ABOVE_MEL
+    what = f"{rate.upper()} of a probe on codebook 0, above log-mel's"
+    return Verdict(what, group, f"{above:+.0f} % ({ours:.1f} to {mel:.1f})", f"at most {ABOVE_MEL:+.0f} %", reached)
+
+
+def times_better(rate: str, other: str, group: str, ours: float, theirs: float) -> Verdict:
+    times = theirs / ours if ours else float("inf")
+    what = f"{rate.upper()} of {other}'s codebook 0 over ours"
+    return Verdict(
+        what, group, f"{times:.1f} ({theirs:.1f} to {ours:.1f})", f"at least {PLAIN_TIMES:g}", times >= PLAIN_TIMES
+    )
+
+
 def verdicts(results: Results, names: list[str]) -> list[Verdict]:
     """What was asked of the first codec in ``names``; the others are compared with. Parts not measured are left out."""
     ours, *others = names
     found: list[Verdict] = []
     words = results.get("words", {})
-    if mine := words.get(f"{ours}/0"):
-        for group, score in mine["tests"].items():
+    for group, score in words.get(f"{ours}/0", {}).get("tests", {}).items():
+        for rate in ("wer", "cer"):
             if LOG_MEL in words:
-                mel = words[LOG_MEL]["tests"][group]["wer"]
-                above = 100 * (score["wer"] / mel - 1) if mel else 0.0 if not score["wer"] else float("inf")
-                value = f"{above:+.0f} % ({score['wer']:.1f} to {mel:.1f})"
-                bound = f"at most {ABOVE_MEL:+.0f} %"
-                reached = above <= ABOVE_MEL if min(mel, score["wer"]) < READABLE else None
-                found.append(Verdict("WER of a probe on codebook 0, above log-mel's", group, value, bound, reached))
+                found.append(above_log_mel(rate, group, score[rate], words[LOG_MEL]["tests"][group][rate]))
             for other in others:
                 if theirs := words.get(f"{other}/0"):
-                    worse = theirs["tests"][group]["wer"]
-                    times = worse / score["wer"] if score["wer"] else float("inf")
-                    value = f"{times:.1f} ({worse:.1f} to {score['wer']:.1f})"
-                    what = f"WER of {other}'s codebook 0 over ours"
-                    found.append(Verdict(what, group, value, f"at least {PLAIN_TIMES:g}", times >= PLAIN_TIMES))
+                    found.append(times_better(rate, other, group, score[rate], theirs["tests"][group][rate]))
     for group, measured in results.get("use", {}).get(ours, {}).items():
         shares = [100 * value / measured["card"] for value in measured["perplexity"]]
         found.append(at_least("perplexity of codebook 0, of its codes", group, shares[0], USED, " %"))

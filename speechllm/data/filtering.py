@@ -18,7 +18,8 @@ nobody speaks (silence, rate), fewer than five words or a language that `py3lang
 
 What is not detected: silence under steady noise above -50 dBFS, clipping that was turned down afterwards, a transcript
 that is wrong but about as long as the right one, a language confused with a close relative of it, words of another
-language within a sentence, and duplicates whose text or speaker is written differently.
+language within a sentence, duplicates whose text or speaker is written differently, and copies shifted by more than
+0.1 s or cut differently (a shift of part of a fingerprint's hop may hide one too).
 """
 
 from __future__ import annotations
