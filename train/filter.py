@@ -163,10 +163,11 @@ def plot(path: Path, verdicts: Verdicts, rules: Sequence[Rule]) -> None:
     figure, axes = plt.subplots(1, len(rules), figsize=(4 * len(rules), 3.2))
     for axis, rule in zip(axes, rules, strict=True):
         values = verdicts.values[rule.name]
-        axis.hist(values, bins=50, log=bool(values))  # what is dropped is rare: only a logarithm shows it
-        for bound in (rule.low, rule.high):
-            if math.isfinite(bound):
-                axis.axvline(bound, color="black", linestyle="--")
+        bounds = [bound for bound in (rule.low, rule.high) if math.isfinite(bound)]
+        if values:  # what is dropped is rare: only a logarithm shows it
+            axis.hist(values, bins=50, range=(min(values + bounds), max(values + bounds)), log=True)
+        for bound in bounds:
+            axis.axvline(bound, color="black", linestyle="--")
         axis.set(title=f"{rule.name} ({len(values)})", xlabel=rule.measured, ylabel="utterances")
         axis.xaxis.label.set_size(8)
     figure.tight_layout()
