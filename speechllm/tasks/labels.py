@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
@@ -46,14 +47,6 @@ class Label(Task):
 
     labels: tuple[str, ...] = ()
 
-    def of(self, facts: Facts) -> str | None:
-        """The label of a recording, None when it is not known."""
-        raise NotImplementedError
-
-    def write(self, facts: Facts, argument: str = "") -> Parts | None:
-        label = self.of(facts)
-        return None if label is None else (label,)
-
     def read(self, parts: Parts) -> ParsedAnswer:
         words = words_of(parts)
         known = {normalize_text(label): label for label in self.labels}
@@ -63,7 +56,20 @@ class Label(Task):
 
 
 @dataclass(frozen=True)
-class Emotion(Label):
+class Trait(Label):
+    """A label that a recording has, whatever is asked about it."""
+
+    @abstractmethod
+    def of(self, facts: Facts) -> str | None:
+        """The label of a recording, None when it is not known."""
+
+    def write(self, facts: Facts, argument: str = "") -> Parts | None:
+        label = self.of(facts)
+        return None if label is None else (label,)
+
+
+@dataclass(frozen=True)
+class Emotion(Trait):
     labels: tuple[str, ...] = tuple(EMOTIONS.values())
 
     def of(self, facts: Facts) -> str | None:
@@ -71,7 +77,7 @@ class Emotion(Label):
 
 
 @dataclass(frozen=True)
-class Language(Label):
+class Language(Trait):
     labels: tuple[str, ...] = tuple(LANGUAGES.values())
 
     def of(self, facts: Facts) -> str | None:
@@ -79,7 +85,7 @@ class Language(Label):
 
 
 @dataclass(frozen=True)
-class Gender(Label):
+class Gender(Trait):
     labels: tuple[str, ...] = ("female", "male")
 
     def of(self, facts: Facts) -> str | None:
@@ -87,7 +93,7 @@ class Gender(Label):
 
 
 @dataclass(frozen=True)
-class Accent(Label):
+class Accent(Trait):
     labels: tuple[str, ...] = tuple(ACCENTS.values())
 
     def of(self, facts: Facts) -> str | None:
@@ -95,7 +101,7 @@ class Accent(Label):
 
 
 @dataclass(frozen=True)
-class NumberOfSpeakers(Label):
+class NumberOfSpeakers(Trait):
     labels: tuple[str, ...] = NUMBERS
 
     def of(self, facts: Facts) -> str | None:
