@@ -93,11 +93,12 @@ def test_clicks_and_silence_are_not_speech() -> None:
 
 
 def test_who_can_talk_to_whom() -> None:
-    usable = [said("anna", "a"), said("anna", "b"), said("ben", None, id="x"), said("flite-slt", "a")]
+    timed = {"segments": [{"speaker": "anna", "start": 0.1, "end": 0.9, "text": "b"}]}  # as synthesised
+    usable = [said("anna", "a"), said("anna", "b", **timed), said("ben", None, id="x"), said("flite-slt", "a")]
     unusable = [
         said(None, "a", id="who"),
         said("carl", " "),
-        said("carl", "a", segments=[{"speaker": "carl", "start": 0, "end": 1}]),
+        said("carl", "a b", segments=[{"speaker": "carl", "start": n / 2, "end": n / 2 + 0.4} for n in range(2)]),
     ]
     other = [said("rhvoice-slt", "a"), said("anna", "c", source="elsewhere")]
     found = people(items(usable + unusable + other))

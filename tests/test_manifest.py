@@ -10,7 +10,7 @@ import soundfile
 import torch
 
 from speechllm.data.manifest import Utterance, append, load_wav, read_manifest, write_manifest
-from speechllm.data.recorded import read_captions, read_recorded
+from speechllm.data.recorded import read_recorded, read_sentences
 from speechllm.errors import InputError
 from speechllm.tasks import Segment
 
@@ -119,14 +119,37 @@ def test_read_recorded_maps_a_sets_own_keys(tmp_path: Path) -> None:
     assert command.labels["gender"] == "prefer not to say"
 
 
-def test_read_captions(tmp_path: Path) -> None:
+def test_read_sentences(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl.gz"
     with gzip.open(path, "wt", encoding="utf-8") as file:
         file.write('{"id": "c0", "en": "A dog.", "de": "Ein Hund.", "fr": "Un chien."}\n')
-    (caption,) = read_captions(path)
+        file.write(
+            '{"id": "s0", "text": "Coffee, and tea with milk.", "intent": "order", "slots": [{"type": "drink", '
+            '"value": "Coffee"}, {"type": "extra", "value": "milk"}, {"type": "drink", "value": "tea"}]}\n'
+        )
+    caption, command = read_sentences(path)
     assert (caption.id, caption.text) == ("c0", "A dog.")
     assert caption.translations == {"de": "Ein Hund.", "fr": "Un chien."}
+    assert (caption.intent, caption.slots) == (None, {})
+    assert (command.id, command.text, command.translations) == ("s0", "Coffee, and tea with milk.", {})
+    assert (command.intent, command.slots) == ("order", {"drink": "Coffee and tea", "extra": "milk"})
     plain = tmp_path / "plain.jsonl.gz"
     plain.write_text("{}")
     with pytest.raises(InputError, match=r"plain\.jsonl\.gz"):
-        read_captions(plain)
+        read_sentences(plain)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"id": "s1"}', "line 2: a sentence needs 'id', and 'en' or 'text'"),
+        ('{"text": "Hi."}', "line 2: a sentence needs 'id'"),
+        ('{"id": "s1", "text": "Hi.", "slots": [{"type": "drink"}]}', "line 2: slots are a list of objects"),
+        ('{"id": "s1", "text": "Hi.", "slots": ["drink"]}', "line 2: slots are a list of objects"),
+    ],
+)
+def test_a_bad_sentence_is_named_by_line(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "s.jsonl.gz"
+    path.write_bytes(gzip.compress(f'{{"id": "s0", "text": "Good."}}\n{line}\n'.encode()))
+    with pytest.raises(InputError, match=rf"s\.jsonl\.gz, {message}"):
+        read_sentences(path)

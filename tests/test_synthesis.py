@@ -15,11 +15,12 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from speechllm.data import synthesis
-from speechllm.data.ambience import room_for
+from speechllm.data.ambience import MAX_SILENCE, room_for
 from speechllm.data.manifest import read_manifest
-from speechllm.data.recorded import Caption
+from speechllm.data.recorded import Sentence
 from speechllm.data.synthesis import SAMPLE_RATE, VOICES, Voice, speak, voices
 from speechllm.errors import InputError
+from speechllm.tasks import TASKS, Facts
 from train.making import indices_done
 from train.synthesize import DIGITS, Plan, digits_text, fragment_of, main, make
 
@@ -56,13 +57,25 @@ def test_no_person_is_in_two_splits_and_names_are_unique() -> None:
 
 
 def test_every_split_of_every_language_has_voices_and_none_is_most_of_it() -> None:
-    assert {voice.name for voice in voices("test")} == {"rhvoice-clb", "rhvoice-bdl"}
+    accented = {"mbrola-us3", "mbrola-de4-en", "mbrola-de5-en"}
+    assert {voice.name for voice in voices("test")} == {"rhvoice-clb", "rhvoice-bdl", *accented}
     assert {voice.name for voice in voices("dev")} == {"festival-ked", "pico-en-gb"}
     for language in ("en", "de", "fr"):
         shares = [voice.share for voice in voices("train", language)]
         assert min(shares) > 0 and max(shares) < sum(shares) / 2
         assert voices("dev", language) and voices("test", language)
     assert voices("train", "cs") == []
+
+
+def test_every_english_voice_has_an_accent_that_a_task_knows_and_test_voices_one_that_is_trained() -> None:
+    for voice in VOICES:
+        known = TASKS["accent"].write(Facts(1.0, labels={} if voice.accent is None else {"accent": voice.accent}))
+        assert known == ((voice.accent,) if voice.language == "en" else None), voice.name
+    for split in ("dev", "test"):
+        assert {voice.accent for voice in voices(split)} <= {voice.accent for voice in voices("train")}
+    accents = {name: BY_NAME[name].accent for name in ("mbrola-us3", "mbrola-de4-en", "rhvoice-alan", "pico-en-gb")}
+    assert list(accents.values()) == ["American", "German", "Scottish", "British"]
+    assert len({voice.accent for voice in voices("test")}) > 1
 
 
 @pytest.mark.parametrize(
@@ -139,13 +152,14 @@ def test_fragments_and_digits() -> None:
 def test_level_and_snr_are_what_was_asked_for() -> None:
     time = np.arange(SAMPLE_RATE) / SAMPLE_RATE
     tone = np.sin(2 * np.pi * 440 * time).astype(np.float32)
-    clean = room_for(tone, -20.0, None, None, np.random.default_rng(1))
-    noisy = room_for(tone, -20.0, 15.0, None, np.random.default_rng(1))
+    clean, start = room_for(tone, -20.0, None, None, np.random.default_rng(1))
+    noisy, _ = room_for(tone, -20.0, 15.0, None, np.random.default_rng(1))
     noise_db = 10 * np.log10(np.square(noisy - clean).mean())
     assert 10 * np.log10(np.square(clean).sum() / SAMPLE_RATE) == pytest.approx(-20.0, abs=0.01)
     assert noise_db == pytest.approx(-35.0, abs=0.01)
     assert SAMPLE_RATE <= len(clean) <= 1.6 * SAMPLE_RATE
-    assert np.abs(room_for(tone, 0.0, None, None, np.random.default_rng(1))).max() <= 0.9901
+    assert np.allclose(clean[start : start + SAMPLE_RATE], tone * (0.1 / np.sqrt(0.5)), atol=1e-6)
+    assert np.abs(room_for(tone, 0.0, None, None, np.random.default_rng(1))[0]).max() <= 0.9901
 
 
 @pytest.fixture
@@ -160,7 +174,7 @@ def captions(tmp_path: Path) -> Path:
 def test_utterance_follows_from_seed_and_index(tmp_path: Path) -> None:
     require_engine("flite")
     require_engine("espeak-ng")
-    items = tuple(Caption(f"c{n}", text, {"de": f"Satz {n}"}) for n, text in enumerate(CAPTIONS))
+    items = tuple(Sentence(f"c{n}", text, {"de": f"Satz {n}"}) for n, text in enumerate(CAPTIONS))
     made = []
     for folder in ("one", "two"):
         plan = Plan(
@@ -175,10 +189,40 @@ def test_utterance_follows_from_seed_and_index(tmp_path: Path) -> None:
         assert np.array_equal(wavs[0][0], wavs[1][0])
         assert wavs[0][1] == SAMPLE_RATE
         assert len(wavs[0][0]) / SAMPLE_RATE == pytest.approx(utterance.duration, abs=1e-3)
-        whole = items[int(str(utterance.labels["caption_id"])[1:])]
+        whole = items[int(str(utterance.labels["sentence_id"])[1:])]
         assert utterance.text == whole.text or (str(utterance.text) in whole.text and not utterance.translations)
-    turns = [[u.labels["caption_id"] for u in made[0][start : start + 4] if u] for start in (0, 4)]
+    turns = [[u.labels["sentence_id"] for u in made[0][start : start + 4] if u] for start in (0, 4)]
     assert all(sorted(turn) == ["c0", "c1", "c2", "c3"] for turn in turns), "every caption once before any repeats"
+
+
+def test_segments_are_where_the_speech_is(tmp_path: Path) -> None:
+    require_engine("flite")
+    require_engine("espeak-ng")
+    plan = Plan("set", tmp_path, "digits", (), "en", "train", 0.0, 7, None, ("flite", "espeak"))
+    clean = 0
+    for index in range(8):
+        utterance = make(plan, index).utterance
+        assert utterance is not None
+        ((speaker, start, end, text),) = [(s.speaker, s.start, s.end, s.text) for s in utterance.segments]
+        assert (speaker, text) == (utterance.speaker, utterance.text)
+        assert 0 <= start <= MAX_SILENCE and utterance.duration - MAX_SILENCE - 1e-3 <= end <= utterance.duration
+        if "snr_db" not in utterance.labels:  # silence is exact then
+            clean += 1
+            sound = np.flatnonzero(soundfile.read(tmp_path / utterance.audio)[0]) / SAMPLE_RATE
+            assert start - 1e-3 <= sound[0] < start + 0.06 and end - 0.06 < sound[-1] <= end + 1e-3
+    assert clean > 2
+
+
+def test_what_the_speaker_wants_is_told_of_whole_sentences_alone(tmp_path: Path) -> None:
+    require_engine("flite")
+    order = Sentence("s0", "A large coffee with milk, please.", {}, "order", {"drink": "coffee"})
+    for fragments in (0.0, 1.0):
+        out = tmp_path / str(fragments)
+        made = make(Plan("set", out, "s", (order,), "en", "train", fragments, 3, None, ("flite",)), 0).utterance
+        assert made is not None and made.labels["sentence_id"] == "s0"
+        assert made.labels["accent"] == BY_NAME[str(made.speaker)].accent
+        assert (made.text == order.text) == (made.intent == "order") == (not fragments)
+        assert made.slots == ({} if fragments else {"drink": "coffee"})
 
 
 def command(*arguments: str) -> tuple[int, str]:
@@ -216,7 +260,7 @@ def test_command_is_resumable(tmp_path: Path) -> None:
 def test_command_reports_bad_input_without_a_traceback(tmp_path: Path, captions: Path) -> None:
     code, output = command("--text", str(tmp_path / "no.jsonl.gz"), "--out", str(tmp_path / "o"), "--count", "1")
     assert code == 2
-    assert "no such captions file" in output
+    assert "no such file of sentences" in output
     code, output = command(
         "--text", "digits", "--split", "test", *ENGINES, "--out", str(tmp_path / "o"), "--count", "1"
     )
@@ -232,13 +276,13 @@ def test_captions_are_spoken_in_the_language_asked_for(tmp_path: Path, captions:
     command_line = ("--text", str(captions), "--engine", "espeak", "--jobs", "1", "--count", "2", "--out")
     assert command(*command_line, str(tmp_path / "de"), "--language", "de")[0] == 0
     for utterance in read_manifest(tmp_path / "de" / "manifest.jsonl"):
-        number = str(utterance.labels["caption_id"])[1:]
+        number = str(utterance.labels["sentence_id"])[1:]
         assert (utterance.language, utterance.text) == ("de", f"Satz {number}")
         assert utterance.translations == {"en": CAPTIONS[int(number)]}
         assert BY_NAME[str(utterance.speaker)].language == "de"
     code, output = command(*command_line, str(tmp_path / "fr"), "--language", "fr")
     assert code == 2
-    assert "no caption in fr" in output
+    assert "no sentence in fr" in output
     code, output = command("--text", "digits", "--language", "de", "--count", "1", "--out", str(tmp_path / "d"))
     assert code == 2
     assert "spoken in English only" in output
@@ -249,6 +293,7 @@ def test_nonspeech_has_an_empty_text_and_no_speaker(tmp_path: Path) -> None:
     for index in range(12):
         utterance = make(plan, index).utterance
         assert utterance is not None and utterance.text == "" and utterance.speaker is None
+        assert utterance.segments == () and "accent" not in utterance.labels
         wav, rate = soundfile.read(tmp_path / utterance.audio)
         assert rate == SAMPLE_RATE and np.isfinite(wav).all() and np.abs(wav).max() <= 1.0
         assert utterance.duration == pytest.approx(len(wav) / rate, abs=1e-4)

@@ -146,6 +146,19 @@ def test_labels() -> None:
         assert TASKS[name].pose(Facts(1.0), Random(0)) is None
 
 
+def test_accents_by_name_or_by_first_language() -> None:
+    accent = TASKS["accent"]
+    for labels, label in (
+        ({"accent": "British"}, "British"),
+        ({"native_language": "Marathi"}, "Indian"),
+        ({"native_language": "Mandarin"}, "Chinese"),
+        ({"accent": "USA/neutral", "native_language": "German"}, "American"),
+    ):
+        assert accent.write(Facts(1.0, labels=labels)) == (label,)
+    assert accent.write(Facts(1.0, labels={"native_language": "Klingon"})) is None
+    assert len(set(accent.labels)) == len(accent.labels) > 10  # type: ignore[attr-defined]
+
+
 def test_questions_with_a_gap_are_asked_both_ways() -> None:
     facts = Facts(1.0, "Two dogs run.", "en", labels={"emotion": "anger"})
     for name, there in (("is_emotion", {"angry"}), ("spoken_word", {"two", "dogs", "run"})):

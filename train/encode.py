@@ -17,7 +17,7 @@ from datasets import Dataset, Features, Sequence, Value
 
 from speechllm.codec import Codec, load_codec
 from speechllm.data.corpus import Item, read_corpus
-from speechllm.data.encoded import INFO, write_facts
+from speechllm.data.encoded import INFO, stretched, write_facts
 from speechllm.data.perturb import vary
 from speechllm.errors import InputError
 from train.loop import progress_bar
@@ -38,17 +38,18 @@ FEATURES = Features(
 
 def encode_row(codec: Codec, item: Item, n_q: int, copy: int) -> dict:
     """One utterance as a row. Copy 0 is as recorded; the others are varied."""
-    wav = item.wav(codec.sample_rate)
+    known, wav = item.utterance, item.wav(codec.sample_rate)
+    facts, samples = known.facts(), wav.shape[-1]
     if copy:
-        wav = vary(wav, codec.sample_rate, Random(f"{item.utterance.id} {copy}"))
+        wav = vary(wav, codec.sample_rate, Random(f"{known.id} {copy}"))
+        facts = stretched(facts, wav.shape[-1] / samples)
     codes = codec.encode(wav, n_q=n_q)
-    known = item.utterance
     return {
         "id": known.id if not copy else f"{known.id}#{copy}",
         "split": known.split,
         "source": known.source,
         "speaker": known.speaker,
-        "facts": write_facts(known.facts()),
+        "facts": write_facts(facts),
         "n_q": n_q,
         "codes": codes.flatten().to(torch.int16).numpy(),
     }
@@ -74,8 +75,10 @@ def encode_shard(number: int, items: list[Item], codec_folder: Path, n_q: int, c
     return len(items)
 
 
-def encode_corpus(manifest: Path, codec_folder: Path, out: Path, n_q: int, copies: int, jobs: int) -> None:
+def encode_corpus(manifest: Path, codec_folder: Path, out: Path, n_q: int, copies: int, jobs: int) -> int:
     """Encode every utterance of ``manifest`` (a manifest or a recorded set's folder) that is not in ``out`` yet.
+
+    Returns how many that were.
 
     Raises:
         InputError: ``out`` holds other utterances than ``manifest``, or was encoded with another codec or settings.
@@ -99,6 +102,7 @@ def encode_corpus(manifest: Path, codec_folder: Path, out: Path, n_q: int, copie
         results = [pool.apply_async(work, (n, shard)) for n, shard in todo.items()]
         for result in results:
             bar.advance(task, result.get())
+    return sum(map(len, todo.values()))
 
 
 def main(

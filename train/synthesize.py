@@ -2,7 +2,7 @@
 
 Every utterance follows from (seed, index) alone, so an interrupted run goes on where it stopped and gives the same
 corpus. Train utterances vary in voice, rate, pitch, level and noise; dev and test ones do not, and the voices of those
-splits speak in turn, each its own captions.
+splits speak in turn, each its own sentences.
 """
 
 import re
@@ -19,9 +19,10 @@ from rich.console import Console
 
 from speechllm.data.ambience import nonspeech, recorded_noise, room_for
 from speechllm.data.manifest import Split
-from speechllm.data.recorded import Caption, read_captions
+from speechllm.data.recorded import Sentence, read_sentences
 from speechllm.data.synthesis import SAMPLE_RATE, Engine, EngineError, Voice, require_voice, speak, voices
 from speechllm.errors import InputError
+from speechllm.tasks import Segment
 from train.making import Outcome, make_corpus, plain_errors, report, write_utterance
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -35,12 +36,12 @@ MAX_DIGITS = 6
 
 @dataclass(frozen=True)
 class Plan:
-    """What every utterance of a run follows from. The text is "digits", "nonspeech", or the file of the captions."""
+    """What every utterance of a run follows from. The text is "digits", "nonspeech", or the file of the sentences."""
 
     name: str
     out: Path
     text: str
-    captions: tuple[Caption, ...]
+    sentences: tuple[Sentence, ...]
     language: str
     split: Split
     fragments: float
@@ -64,6 +65,35 @@ class Plan:
         return [voice for voice in voices(self.split, self.language) if voice.engine in self.engines]
 
 
+def prepare(
+    text: str,
+    out: Path,
+    language: str = "en",
+    split: Split = "train",
+    fragments: float = 0.0,
+    seed: int = 1,
+    noise: Path | None = None,
+    engines: tuple[str, ...] = (),
+) -> Plan:
+    """Read the sentences; no engine means all of them.
+
+    Raises:
+        InputError: an engine is unknown, or the file of sentences cannot be read or has none in the language.
+    """
+    if unknown := set(engines) - set(get_args(Engine)):
+        raise InputError(f"--engine {' '.join(sorted(unknown))}: give any of {', '.join(get_args(Engine))}")
+    sentences = () if text in ("digits", "nonspeech") else tuple(read_sentences(text))
+    if language != "en":
+        if not sentences:
+            raise InputError(f"--language {language}: {text} are spoken in English only")
+        sentences = tuple(sentence for sentence in sentences if language in sentence.translations)
+        if not sentences:
+            raise InputError(f"{text}: no sentence in {language}")
+    return Plan(
+        out.resolve().name, out, text, sentences, language, split, fragments, seed, noise, engines or get_args(Engine)
+    )
+
+
 def fragment_of(text: str, rng: np.random.Generator) -> str:
     """A random run of 1 to 4 consecutive words, without punctuation at its ends."""
     words = text.split()
@@ -80,7 +110,7 @@ def digits_text(rng: np.random.Generator) -> str:
 
 @cache
 def _order(count: int, seed: int, turn: int) -> np.ndarray:
-    """The order of the captions [count] when they are gone through for the `turn`-th time."""
+    """The order of the sentences [count] when they are gone through for the `turn`-th time."""
     return np.random.default_rng([seed, turn]).permutation(count)
 
 
@@ -100,20 +130,24 @@ def make(plan: Plan, index: int) -> Outcome:
         return Outcome(write_utterance(plan, index, nonspeech(plan.noise, rng), SAMPLE_RATE, text=""))
     labels: dict[str, str | int | float] = {}
     translations: dict[str, str] = {}
-    if plan.captions:
-        turn, place = divmod(index, len(plan.captions))
-        caption = plan.captions[_order(len(plan.captions), plan.seed, turn)[place]]
-        translations = {"en": caption.text, **caption.translations}
+    meaning: dict[str, Any] = {}
+    if plan.sentences:
+        turn, place = divmod(index, len(plan.sentences))
+        sentence = plan.sentences[_order(len(plan.sentences), plan.seed, turn)[place]]
+        translations = {"en": sentence.text, **sentence.translations}
         text = " ".join(translations.pop(plan.language).split())
-        labels["caption_id"] = caption.id
+        labels["sentence_id"] = sentence.id
+        meaning = {"intent": sentence.intent, "slots": sentence.slots}
         if rng.random() < plan.fragments:
             fragment = fragment_of(text, rng)
             if re.search(r"\w", fragment):  # a run of punctuation alone cannot be spoken
-                text, translations = fragment, {}
+                text, translations, meaning = fragment, {}, {}
     else:
         text = digits_text(rng)
     voice = _voice(plan, index, rng)
     labels["voice"] = voice.name
+    if voice.accent is not None:
+        labels["accent"] = voice.accent
     varied = plan.split == "train"
     rate, pitch, level_db = rng.uniform(*RATES), rng.uniform(*PITCHES), rng.uniform(*LEVELS_DB)
     if not varied:
@@ -125,10 +159,22 @@ def make(plan: Plan, index: int) -> Outcome:
         speech = speak(text, voice, rate, pitch)
     except EngineError as error:
         return Outcome(None, f"utterance {index}: {error}")
-    wav = room_for(speech, level_db, snr_db, plan.noise, rng)
-    known = {"speaker": voice.name, "gender": voice.gender, "language": plan.language}
+    wav, start = room_for(speech, level_db, snr_db, plan.noise, rng)
+    end = start + len(speech)
+    spoken = Segment(voice.name, round(start / SAMPLE_RATE, 3), round(end / SAMPLE_RATE, 3), text)
+    known = {"speaker": voice.name, "gender": voice.gender, "language": plan.language, **meaning}
     return Outcome(
-        write_utterance(plan, index, wav, SAMPLE_RATE, text=text, translations=translations, labels=labels, **known)
+        write_utterance(
+            plan,
+            index,
+            wav,
+            SAMPLE_RATE,
+            text=text,
+            translations=translations,
+            segments=(spoken,),
+            labels=labels,
+            **known,
+        )
     )
 
 
@@ -148,13 +194,15 @@ def synthesize(plan: Plan, count: int, jobs: int, console: Console) -> Counter[s
 
 def main(
     text: Annotated[
-        str, typer.Option(help="Captions file (.jsonl.gz with id, en, de, fr, cs), 'digits' or 'nonspeech'")
+        str, typer.Option(help="Sentences (.jsonl.gz with id, en, de, fr, cs, intent, slots), 'digits' or 'nonspeech'")
     ],
     out: Annotated[Path, typer.Option(help="Folder for audio/ and manifest.jsonl; an earlier run there is continued")],
     count: Annotated[int, typer.Option(min=1, help="Number of utterances")],
-    language: Annotated[str, typer.Option(help="Of the captions that are spoken: en, de or fr")] = "en",
+    language: Annotated[str, typer.Option(help="Of the sentences that are spoken: en, de or fr")] = "en",
     split: Annotated[Split, typer.Option(help="Whose voices speak")] = "train",
-    fragments: Annotated[float, typer.Option(min=0, max=1, help="Share that speaks only 1-4 words of a caption")] = 0.0,
+    fragments: Annotated[
+        float, typer.Option(min=0, max=1, help="Share that speaks only 1-4 words of a sentence")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="The corpus follows from it")] = 1,
     noise: Annotated[Path | None, typer.Option(help="Recorded set whose train split is mixed in as noise")] = None,
     engine: Annotated[list[str] | None, typer.Option(help="Only voices of this engine; repeatable")] = None,
@@ -163,17 +211,7 @@ def main(
     """Make a corpus of synthetic speech."""
     console = Console(stderr=True)
     with plain_errors(out):
-        engines = tuple(engine or get_args(Engine))
-        if unknown := set(engines) - set(get_args(Engine)):
-            raise InputError(f"--engine {' '.join(sorted(unknown))}: give any of {', '.join(get_args(Engine))}")
-        captions = () if text in ("digits", "nonspeech") else tuple(read_captions(text))
-        if language != "en":
-            if not captions:
-                raise InputError(f"--language {language}: {text} are spoken in English only")
-            captions = tuple(caption for caption in captions if language in caption.translations)
-            if not captions:
-                raise InputError(f"{text}: no caption in {language}")
-        plan = Plan(out.resolve().name, out, text, captions, language, split, fragments, seed, noise, engines)
+        plan = prepare(text, out, language, split, fragments, seed, noise, tuple(engine or ()))
         tally = synthesize(plan, count, jobs, console)
     report(out, tally)
 

@@ -62,12 +62,15 @@ def nonspeech(noise: Path | None, rng: np.random.Generator) -> np.ndarray:
 
 def room_for(
     speech: np.ndarray, level_db: float, snr_db: float | None, noise: Path | None, rng: np.random.Generator
-) -> np.ndarray:
-    """`speech` [samples] at a level, with silence around it and noise over all; scaled down rather than clipped."""
+) -> tuple[np.ndarray, int]:
+    """`speech` [samples] at a level, with silence around it and noise over all, and the sample at which it starts.
+
+    Scaled down rather than clipped.
+    """
     rms = 10 ** (level_db / 20)
     speech = speech * (rms / np.sqrt(np.square(speech).mean()))
     before, after = (int(seconds * SAMPLE_RATE) for seconds in rng.uniform(0, MAX_SILENCE, 2))
     wav = np.pad(speech, (before, after))
     if snr_db is not None:
         wav = wav + background(len(wav), noise, rng) * rms * 10 ** (-snr_db / 20)
-    return wav * min(1.0, PEAK / np.abs(wav).max())
+    return wav * min(1.0, PEAK / np.abs(wav).max()), before

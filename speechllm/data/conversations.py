@@ -121,6 +121,11 @@ def sentence(item: Item) -> str:
     return " ".join(re.findall(r"\w+", (item.utterance.text or "").casefold())) or item.utterance.id
 
 
+def person(speaker: str) -> str:
+    """Who stands behind a speaker: the same person may have lent several synthetic voices theirs."""
+    return _PERSONS.get(speaker, speaker)
+
+
 def people(items: Iterable[Item]) -> People:
     """The voices of each person. Clips of an unknown speaker, without speech, or of several turns are left out.
 
@@ -130,11 +135,11 @@ def people(items: Iterable[Item]) -> People:
     clips: dict[tuple[str, str], list[Item]] = defaultdict(list)
     for item in items:
         known = item.utterance
-        if known.speaker and not known.segments and (known.text is None or known.text.strip()):
+        if known.speaker and len(known.segments) < 2 and (known.text is None or known.text.strip()):
             clips[known.source, known.speaker].append(item)
     found: dict[str, list[Voice]] = defaultdict(list)
     for (_, speaker), voice in clips.items():
-        found[_PERSONS.get(speaker, speaker)].append(tuple(sorted(voice, key=lambda item: item.utterance.duration)))
+        found[person(speaker)].append(tuple(sorted(voice, key=lambda item: item.utterance.duration)))
     return dict(found)
 
 

@@ -1,8 +1,9 @@
-"""Readers for sets of recorded speech (a folder with `manifest.jsonl`) and for translated captions."""
+"""Readers for sets of recorded speech (a folder with `manifest.jsonl`) and for files of sentences to speak."""
 
 import gzip
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
@@ -19,12 +20,14 @@ _TRANSLATIONS = ("de", "fr", "cs")
 
 
 @dataclass(frozen=True)
-class Caption:
-    """One English sentence and its translations (language code -> text)."""
+class Sentence:
+    """One English sentence, its translations (language code -> text), and what who says it wants, where known."""
 
     id: str
     text: str
-    translations: dict[str, str]
+    translations: Mapping[str, str] = field(default_factory=dict)
+    intent: str | None = None
+    slots: Mapping[str, str] = field(default_factory=dict)
 
 
 def _label(value: object) -> str | int | float:
@@ -74,21 +77,38 @@ def read_recorded(folder: str | Path) -> list[Utterance]:
     return utterances
 
 
-def read_captions(path: str | Path) -> list[Caption]:
-    """English captions of a gzipped JSON Lines file with keys id, en and, where there are any, de, fr, cs."""
+def read_sentences(path: str | Path) -> list[Sentence]:
+    """Sentences of a gzipped JSON Lines file.
+
+    Keys of a line: id; en or text; de, fr, cs where there are translations; intent, and slots as a list of type and
+    value. Values of slots of one type are joined by "and". Raises InputError naming file and line.
+    """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such captions file")
-    captions = []
+        raise InputError(f"{path}: no such file of sentences")
+    sentences = []
     try:
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             for number, record in read_json_lines(path, lines):
-                if not record.get("id") or not record.get("en"):
-                    raise InputError(f"{path}, line {number}: a caption needs 'id' and 'en'")
+                text = record.get("en") or record.get("text")
+                if not record.get("id") or not text:
+                    raise InputError(f"{path}, line {number}: a sentence needs 'id', and 'en' or 'text'")
                 translations = {language: record[language] for language in _TRANSLATIONS if record.get(language)}
-                captions.append(Caption(id=record["id"], text=record["en"], translations=translations))
+                slots = _slots(record.get("slots") or [], f"{path}, line {number}")
+                sentences.append(Sentence(record["id"], text, translations, record.get("intent"), slots))
     except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a gzipped JSON Lines file ({error})") from error
-    if not captions:
-        raise InputError(f"{path}: holds no captions")
-    return captions
+    if not sentences:
+        raise InputError(f"{path}: holds no sentences")
+    return sentences
+
+
+def _slots(pairs: list[dict[str, str]], where: str) -> dict[str, str]:
+    values: dict[str, str] = {}
+    try:
+        for pair in pairs:
+            name, value = pair["type"], pair["value"]
+            values[name] = f"{values[name]} and {value}" if name in values else value
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{where}: slots are a list of objects with 'type' and 'value'") from error
+    return values

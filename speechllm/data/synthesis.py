@@ -52,7 +52,8 @@ class EngineError(RuntimeError):
 class Voice:
     """A synthetic voice: `name` is ours, `engine_voice` the engine's, `person` the speaker it was made from.
 
-    `share` is the relative weight of the voice when voices of its split and language are drawn at random.
+    `share` is the relative weight of the voice when voices of its split and language are drawn at random. `accent` is
+    that of English: an engine of another language reads English with its own sounds.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Voice:
     gender: Gender
     split: Split
     share: float
+    accent: str | None = None
 
     @property
     def data(self) -> str:
@@ -70,7 +72,10 @@ class Voice:
         return self.engine_voice.split("-")[1] if self.engine == "mbrola" else self.engine_voice
 
 
-_ESPEAK_VARIANTS = ("f1", "f2", "f3", "f4", "f5", "m1", "m2", "m3", "m4", "m5", "m6", "m7", "klatt2", "klatt4")
+_ESPEAK: tuple[tuple[str, Gender], ...] = (
+    *((f"f{number}", "female") for number in range(1, 6)),
+    *((name, "male") for name in ("m1", "m2", "m3", "m4", "m5", "m6", "m7", "klatt2", "klatt4")),
+)
 
 _ESPEAK_OTHER: tuple[tuple[str, Gender], ...] = (
     ("f2", "female"),
@@ -79,6 +84,17 @@ _ESPEAK_OTHER: tuple[tuple[str, Gender], ...] = (
     ("m4", "male"),
     ("klatt2", "male"),
 )
+_ACCENTS = {
+    "us": "American",
+    "en": "British",
+    "de": "German",
+    "fr": "French",
+    "nl": "Dutch",
+    "gr": "Greek",
+    "sw": "Swedish",
+    "hu": "Hungarian",
+    "pl": "Polish",
+}
 _MBROLA: tuple[tuple[str, str, Gender, Split, float], ...] = (  # espeak-ng's name, language, gender, split, share
     ("mb-us1", "en", "female", "train", 0.06),
     ("mb-us2", "en", "male", "train", 0.06),
@@ -92,6 +108,9 @@ _MBROLA: tuple[tuple[str, str, Gender, Split, float], ...] = (  # espeak-ng's na
     ("mb-sw1-en", "en", "male", "train", 0.015),
     ("mb-hu1-en", "en", "female", "train", 0.015),
     ("mb-pl1-en", "en", "female", "train", 0.015),
+    ("mb-us3", "en", "male", "test", 0.5),
+    ("mb-de4-en", "en", "male", "test", 0.5),
+    ("mb-de5-en", "en", "female", "test", 0.5),
     ("mb-de1", "de", "female", "train", 0.13),
     ("mb-de2", "de", "male", "train", 0.13),
     ("mb-de3", "de", "female", "train", 0.13),
@@ -107,19 +126,26 @@ _MBROLA: tuple[tuple[str, str, Gender, Split, float], ...] = (  # espeak-ng's na
     ("mb-fr5", "fr", "male", "test", 0.5),
 )
 
+
+def _mbrola(name: str, language: str, gender: Gender, split: Split, share: float) -> Voice:
+    person = name.split("-")[1]
+    accent = _ACCENTS[person[:2]] if language == "en" else None
+    return Voice(name.replace("mb-", "mbrola-"), "mbrola", name, person, language, gender, split, share, accent)
+
+
 VOICES: tuple[Voice, ...] = (
-    Voice("rhvoice-slt", "rhvoice", "slt", "slt", "en", "female", "train", 0.10),
-    Voice("rhvoice-alan", "rhvoice", "alan", "awb", "en", "male", "train", 0.10),
-    Voice("rhvoice-lyubov", "rhvoice", "lyubov", "lyubov", "en", "female", "train", 0.075),
-    Voice("rhvoice-evgeniy", "rhvoice", "evgeniy-eng", "evgeniy", "en", "male", "train", 0.075),
-    Voice("flite-slt", "flite", "slt", "slt", "en", "female", "train", 0.10),
-    Voice("flite-rms", "flite", "rms", "rms", "en", "male", "train", 0.11),
-    Voice("flite-awb", "flite", "awb", "awb", "en", "male", "train", 0.08),
-    Voice("flite-kal16", "flite", "kal16", "kal", "en", "male", "train", 0.06),
-    Voice("pico-en-us", "pico", "en-US", "pico-en-us", "en", "female", "train", 0.12),
+    Voice("rhvoice-slt", "rhvoice", "slt", "slt", "en", "female", "train", 0.10, "American"),
+    Voice("rhvoice-alan", "rhvoice", "alan", "awb", "en", "male", "train", 0.10, "Scottish"),
+    Voice("rhvoice-lyubov", "rhvoice", "lyubov", "lyubov", "en", "female", "train", 0.075, "Russian"),
+    Voice("rhvoice-evgeniy", "rhvoice", "evgeniy-eng", "evgeniy", "en", "male", "train", 0.075, "Russian"),
+    Voice("flite-slt", "flite", "slt", "slt", "en", "female", "train", 0.10, "American"),
+    Voice("flite-rms", "flite", "rms", "rms", "en", "male", "train", 0.11, "American"),
+    Voice("flite-awb", "flite", "awb", "awb", "en", "male", "train", 0.08, "Scottish"),
+    Voice("flite-kal16", "flite", "kal16", "kal", "en", "male", "train", 0.06, "American"),
+    Voice("pico-en-us", "pico", "en-US", "pico-en-us", "en", "female", "train", 0.12, "American"),
     *(
-        Voice(f"espeak-{v}", "espeak", f"en-us+{v}", "espeak", "en", "female" if v[0] == "f" else "male", "train", 0.01)
-        for v in _ESPEAK_VARIANTS
+        Voice(f"espeak-{v}", "espeak", f"en-us+{v}", "espeak", "en", gender, "train", 0.01, "American")
+        for v, gender in _ESPEAK
     ),
     *(
         Voice(f"espeak-{lang}-{v}", "espeak", f"{lang}+{v}", "espeak", lang, gender, "train", 0.03)
@@ -128,12 +154,12 @@ VOICES: tuple[Voice, ...] = (
     ),
     Voice("pico-de", "pico", "de-DE", "pico-de", "de", "female", "train", 0.33),
     Voice("pico-fr", "pico", "fr-FR", "pico-fr", "fr", "female", "train", 0.34),
-    *(Voice(v.replace("mb-", "mbrola-"), "mbrola", v, v.split("-")[1], lang, g, s, n) for v, lang, g, s, n in _MBROLA),
-    Voice("festival-kal", "festival", "kal_diphone", "kal", "en", "male", "train", 0.04),
-    Voice("festival-ked", "festival", "ked_diphone", "ked", "en", "male", "dev", 0.5),
-    Voice("pico-en-gb", "pico", "en-GB", "pico-en-gb", "en", "female", "dev", 0.5),
-    Voice("rhvoice-clb", "rhvoice", "clb", "clb", "en", "female", "test", 0.5),
-    Voice("rhvoice-bdl", "rhvoice", "bdl", "bdl", "en", "male", "test", 0.5),
+    *(_mbrola(*row) for row in _MBROLA),
+    Voice("festival-kal", "festival", "kal_diphone", "kal", "en", "male", "train", 0.04, "American"),
+    Voice("festival-ked", "festival", "ked_diphone", "ked", "en", "male", "dev", 0.5, "American"),
+    Voice("pico-en-gb", "pico", "en-GB", "pico-en-gb", "en", "female", "dev", 0.5, "British"),
+    Voice("rhvoice-clb", "rhvoice", "clb", "clb", "en", "female", "test", 0.5, "American"),
+    Voice("rhvoice-bdl", "rhvoice", "bdl", "bdl", "en", "male", "test", 0.5, "American"),
 )
 
 

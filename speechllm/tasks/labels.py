@@ -34,7 +34,17 @@ LANGUAGES = {
     "pl": "Polish",
     "ur": "Urdu",
 }
-ACCENTS = {"USA/neutral": "American", "GRC/Greek": "Greek", "DEU/German": "German", "BEL/French": "French"}
+# how sets of recordings call an accent of English, or the first language of its speaker -> how we do
+ACCENTS = {
+    "USA/neutral": "American",
+    "GRC/Greek": "Greek",
+    "DEU/German": "German",
+    "BEL/French": "French",
+    **dict.fromkeys(("Hindi", "Marathi", "Kannada", "Tamil", "Telugu"), "Indian"),
+    **dict.fromkeys(("Chinese", "Mandarin"), "Chinese"),
+    **{name: name for name in ("American", "British", "Scottish", "Russian", "German", "French", "Greek", "Dutch")},
+    **{name: name for name in ("Swedish", "Hungarian", "Polish", "Spanish")},
+}
 NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight")
 
 
@@ -94,10 +104,10 @@ class Gender(Trait):
 
 @dataclass(frozen=True)
 class Accent(Trait):
-    labels: tuple[str, ...] = tuple(ACCENTS.values())
+    labels: tuple[str, ...] = tuple(dict.fromkeys(ACCENTS.values()))
 
     def of(self, facts: Facts) -> str | None:
-        return ACCENTS.get(str(facts.labels.get("accent")))
+        return ACCENTS.get(str(facts.labels.get("accent") or facts.labels.get("native_language")))
 
 
 @dataclass(frozen=True)

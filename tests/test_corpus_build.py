@@ -1,0 +1,356 @@
+"""One command builds a corpus: a tiny recipe from end to end, and the recipe that is shipped."""
+
+import gzip
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from io import StringIO
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from conftest import ROOT, SPOKEN, require_engine, write_yaml
+from rich.console import Console
+from typer import Typer
+from typer.testing import CliRunner
+
+from speechllm.audio import read_audio, write_audio
+from speechllm.codec import load_codec
+from speechllm.data.corpus import read_corpus
+from speechllm.data.encoded import read_encoded
+from speechllm.data.manifest import read_manifest
+from speechllm.data.overlap import persons, sentences
+from speechllm.data.synthesis import voices
+from speechllm.tasks import TASKS
+from train.config import read_config
+from train.corpus import Builder, main
+from train.corpus_config import Recipe
+from train.corpus_report import Timings, survey
+
+RATE = 16000
+SHIPPED = ROOT / "train" / "configs" / "corpus.yaml"
+WHOLE = {  # what a recorded utterance tells that has an answer for every task
+    "text": "Is it far to the sea?",
+    "translation": {language: f"{language}: far?" for language in ("de", "fr", "cs", "en")},
+    "language": "en",
+    "gender": "female",
+    "segments": [{"speaker": "carla", "start": 0.1, "end": 0.9, "text": "Is it far to the sea?"}],
+    "intent": "ask",
+    "slots": {"where": "sea"},
+    "emotion": "anger",
+    "accent": "British",
+}
+
+
+def record(folder: Path, *lines: dict[str, Any]) -> None:
+    """A recorded set: a second of a tone for each line."""
+    folder.mkdir(parents=True)
+    with (folder / "manifest.jsonl").open("w") as file:
+        for number, line in enumerate(lines):
+            tone = torch.sin(2 * torch.pi * (400 + 200 * number) * torch.arange(RATE) / RATE)
+            write_audio(folder / f"{number}.wav", 0.3 * tone[None], RATE)
+            file.write(json.dumps({"audio": f"{number}.wav", "duration": 1.0, "language": "en"} | line) + "\n")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> dict[str, Any]:
+    """A recipe, and all that it is made from."""
+    source = tmp_path_factory.mktemp("source")
+    with gzip.open(source / "captions.jsonl.gz", "wt") as file:
+        for number, (english, german) in enumerate(SPOKEN):
+            file.write(json.dumps({"id": f"c{number}", "en": english, "de": german}) + "\n")
+    record(source / "hiss", {"split": "train", "language": None})
+    record(
+        source / "people",
+        *({"speaker": name, "text": f"I am {name}.", "split": "train"} for name in ("anna", "ben")),
+        {"speaker": "carla", "split": "test", **WHOLE},
+    )
+    by_split = (("anna", "train"), ("dora", "dev"), ("emil", "test"))
+    record(
+        source / "parrots",
+        *({"speaker": n, "text": f"Sentence {t}!", "split": split} for n, split in by_split for t in "abcde"),
+    )
+    return {
+        "out": source.with_name("built"),
+        "source": source,
+        "codec": tiny_checkpoint / "codec",
+        "n_q": 2,
+        "jobs": 1,
+        "noise": "hiss",
+        "synthesized": {
+            "spoken": {"text": "captions.jsonl.gz", "count": 4, "fragments": 0.5, "engines": ["flite", "espeak"]},
+            "quiet": {"text": "nonspeech", "count": 2, "split": "test"},
+        },
+        "conversations": {"talks": {"of": ["spoken", "people"], "count": 2}},
+        "unseen_sentences": {"parrots": 0.4},
+        "encoded": {"spoken": 1, "talks": 1, "people": 3, "parrots": 1},
+        "tests": ["people", "parrots", "quiet"],
+    }
+
+
+def build(path: Path, settings: dict[str, Any]) -> Result:
+    app = Typer()
+    app.command()(main)
+    return CliRunner().invoke(app, ["--config", str(write_yaml(path, settings))])
+
+
+@pytest.fixture(scope="module")
+def built(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a corpus built by the recipe."""
+    require_engine("flite")
+    require_engine("espeak-ng")
+    result = build(tmp_path_factory.mktemp("recipe") / "corpus.yaml", settings)
+    assert result.exit_code == 0, result.output
+    assert f"{settings['out']}: 0.0 h; {settings['out'] / 'corpus.md'} says" in result.stdout
+    return settings["out"]
+
+
+def test_everything_is_made_and_encoded(built: Path, settings: dict[str, Any]) -> None:
+    codec = load_codec(settings["codec"])
+    rows = {name: read_encoded([built / "codes" / name], "train", codec) for name in settings["encoded"]}
+    assert {name: len(found) for name, found in rows.items()} == {"spoken": 4, "talks": 2, "people": 6, "parrots": 3}
+    assert {row["n_q"] for found in rows.values() for row in found} == {2}
+    assert [row["speaker"] for row in read_encoded([built / "codes" / "people"], "test", codec)] == ["carla"]
+    spoken = read_manifest(built / "spoken" / "manifest.jsonl")
+    assert {utterance.split for utterance in spoken} == {"train"}
+    voices = {utterance.speaker for utterance in spoken} | {"anna", "ben"}
+    talks = read_manifest(built / "talks" / "manifest.jsonl")
+    assert talks and all(segment.speaker in voices for talk in talks for segment in talk.segments)
+
+
+def test_sentences_kept_for_the_test_split(built: Path, settings: dict[str, Any]) -> None:
+    left = read_manifest(built / "parrots" / "manifest.jsonl")
+    by_split = {split: [u for u in left if u.split == split] for split in ("train", "dev", "test")}
+    assert {split: len(utterances) for split, utterances in by_split.items()} == {"train": 3, "dev": 3, "test": 2}
+    assert sentences(by_split["train"]) == sentences(by_split["dev"])
+    assert not sentences(by_split["train"]) & sentences(by_split["test"])
+    (item, _) = read_corpus([built / "parrots" / "manifest.jsonl"], "test")
+    recorded = settings["source"] / "parrots" / Path(item.utterance.audio).name
+    assert torch.equal(item.wav(RATE), read_audio(recorded, RATE))
+
+
+def test_report(built: Path, settings: dict[str, Any]) -> None:
+    report = json.loads((built / "corpus.json").read_text())
+    corpora = report["corpora"]
+    assert {name: corpus["kind"] for name, corpus in corpora.items()} == {
+        "spoken": "synthesized",
+        "quiet": "synthesized",
+        "talks": "conversations",
+        "people": "recorded",
+        "parrots": "recorded",
+    }
+    spoken = read_manifest(built / "spoken" / "manifest.jsonl")
+    hours = sum(utterance.duration for utterance in spoken) / 3600
+    assert corpora["spoken"]["splits"] == {
+        "train": {
+            "utterances": 4,
+            "hours": round(hours, 4),
+            "speakers": len(persons(spoken)),
+        }
+    }
+    assert corpora["people"]["splits"]["test"] == {"utterances": 1, "hours": round(1 / 3600, 4), "speakers": 1}
+    for name, corpus in corpora.items():
+        audio = list((built / name / "audio").rglob("*.flac"))
+        assert corpus["audio_bytes"] == sum(path.stat().st_size for path in audio)
+        assert (corpus["audio_bytes"] > 0) == (corpus["kind"] != "recorded")
+        assert (corpus["codes_bytes"] > 0) == corpus["trained"] == (name in settings["encoded"])
+        made = {"synthesized": {"synthesize"}, "conversations": {"converse"}, "recorded": set()}[corpus["kind"]]
+        assert corpus["seconds"].keys() == made | ({"encode"} if corpus["trained"] else set())
+    totals = report["totals"]
+    assert totals["bytes"] == sum(corpus["audio_bytes"] + corpus["codes_bytes"] for corpus in corpora.values())
+    assert totals["seconds"] == pytest.approx(sum(sum(c["seconds"].values()) for c in corpora.values()), abs=0.01)
+    assert totals["hours_recorded"] == pytest.approx(11 / 3600, abs=1e-3)
+    tasks = report["tasks"]
+    assert tasks.keys() == TASKS.keys() and report["untested"] == []
+    assert tasks["transcribe"]["train_recordings"] == 4 + 2 + 3
+    assert tasks["emotion"]["train_recordings"] == 0
+    unseen = {"recordings": 1, "speakers": "new", "sentences": "new", "unseen": True}
+    assert all(task["tests"]["people"] == unseen for task in tasks.values())
+    assert tasks["speakers"]["tests"]["quiet"] == {
+        "recordings": 2,
+        "speakers": "unknown",
+        "sentences": "unknown",
+        "unseen": False,
+    }
+    assert report["tests"]["parrots"] == {
+        "recordings": 2,
+        "persons": 1,
+        "shared_persons": 0,
+        "sentences": 2,
+        "shared_sentences": 0,
+    }
+    markdown = (built / "corpus.md").read_text()
+    assert all(f"| {name} |" in markdown for name in (*corpora, *TASKS)) and "Not tested unseen: no task." in markdown
+    assert (built / "corpus.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_there_is_kept_and_what_is_gone_is_made_again(
+    built: Path, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    def contents() -> dict[Path, bytes]:
+        kept = (path for path in built.rglob("*") if path.suffix in (".flac", ".parquet", ".jsonl", ".json"))
+        return {path: path.read_bytes() for path in kept if path.name not in ("timings.jsonl", "corpus.json")}
+
+    before, timings = contents(), (built / "timings.jsonl").read_text()
+    made = [path for path in before if path.suffix in (".flac", ".parquet")]
+    times = {path: path.stat().st_mtime_ns for path in made}
+    manifest, shard = built / "spoken" / "manifest.jsonl", built / "codes" / "people" / "00000.parquet"
+    manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-1]))
+    shard.unlink()
+    result = build(tmp_path / "corpus.yaml", settings)
+    assert result.exit_code == 0, result.output
+    assert contents() == before
+    again = {path.relative_to(built) for path in made if path.stat().st_mtime_ns != times[path]}
+    assert again == {Path("spoken/audio/000/0000003.flac"), Path("codes/people/00000.parquet")}
+    added = [json.loads(line) for line in (built / "timings.jsonl").read_text().removeprefix(timings).splitlines()]
+    assert [(line["kind"], line["name"], line["made"]) for line in added] == [
+        ("synthesize", "spoken", 1),
+        ("encode", "people", 3),
+    ]
+
+
+def test_a_task_without_a_new_test_set_is_an_error_and_reported(
+    built: Path, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    report = (built / "corpus.json").read_text()
+    result = build(tmp_path / "corpus.yaml", settings | {"tests": ["quiet", "parrots"]})
+    assert result.exit_code == 2
+    untested = json.loads((built / "corpus.json").read_text())["untested"]
+    assert "emotion" in untested and "transcribe" not in untested
+    message = f"error: tests: no set with new speakers and new sentences for {', '.join(untested)}\n"
+    assert result.stderr.endswith(message)
+    (built / "corpus.json").write_text(report)
+
+
+Change = Callable[[dict[str, Any]], object]
+WRONG: dict[str, tuple[Change, str]] = {
+    "encoded": (lambda r: r["encoded"].update(nobody=1), "encoded: nobody is not made by the recipe, and not recorded"),
+    "tests": (lambda r: r["tests"].append("nobody"), "/nobody/manifest.jsonl; put the set there, or correct the name"),
+    "of": (lambda r: r["conversations"]["talks"]["of"].append("nobody"), "conversations.talks.of: nobody is not made"),
+    "unseen": (lambda r: r["unseen_sentences"].update(nobody=0.5), "unseen_sentences.nobody: nobody is not made"),
+    "unseen without text": (
+        lambda r: r["unseen_sentences"].update(hiss=0.5),
+        "unseen_sentences.hiss: hiss/0.wav: has no text",
+    ),
+    "noise": (lambda r: r.update(noise="rain"), "noise: rain is not made by the recipe"),
+    "twice": (lambda r: r["unseen_sentences"].update(spoken=0.5), "spoken: the recipe makes two corpora of this name"),
+    "talks of talks": (
+        lambda r: r["conversations"].update(more={"of": ["talks"], "count": 1}),
+        "conversations.more.of: talks are conversations",
+    ),
+    "talks of another split": (
+        lambda r: r["conversations"]["talks"]["of"].append("quiet"),
+        "conversations.talks.of: quiet has no train recordings",
+    ),
+    "tests of another split": (lambda r: r["tests"].append("spoken"), "tests: spoken has no test recordings"),
+    "tests of a set": (lambda r: r["tests"].append("hiss"), "tests: hiss has no test recordings"),
+    "codec": (lambda r: r.update(codec="nowhere"), "codec: nowhere: not a codec folder"),
+    "codebooks": (lambda r: r.update(n_q=3), "codec: n_q = 3: this codec has 1 to 2 codebooks"),
+    "sentences": (lambda r: r["synthesized"]["spoken"].update(text="no.gz"), "no.gz: no such file of sentences"),
+    "language": (lambda r: r["synthesized"]["spoken"].update(language="fr"), "synthesized.spoken: "),
+    "engine": (
+        lambda r: r["synthesized"].update(dev={"text": "digits", "count": 1, "split": "dev", "engines": ["flite"]}),
+        "synthesized.dev: none of the engines has a voice for split dev, language en",
+    ),
+    "unknown engine": (lambda r: r["synthesized"]["spoken"].update(engines=["tape"]), "synthesized.spoken.engines.0: "),
+    "share": (lambda r: r["unseen_sentences"].update(parrots=1.5), "unseen_sentences.parrots: "),
+    "copies": (lambda r: r["encoded"].update(spoken=0), "encoded.spoken: "),
+    "typo": (lambda r: r.update(encode={}), "encode: Extra inputs are not permitted"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_one_line_before_any_work(
+    settings: dict[str, Any], tmp_path: Path, change: Change, message: str
+) -> None:
+    require_engine("flite")
+    require_engine("espeak-ng")
+    recipe = deepcopy(settings) | {"out": tmp_path / "out"}
+    change(recipe)
+    result = build(tmp_path / "corpus.yaml", recipe)
+    assert result.exit_code == 2
+    assert message in result.stderr and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_corpus_of_which_nothing_can_be_made_stops_the_build(settings: dict[str, Any], tmp_path: Path) -> None:
+    require_engine("espeak-ng")
+    (tmp_path / "dots.jsonl.gz").write_bytes(gzip.compress(b'{"id": "d", "en": "..."}\n'))
+    spoken = {"dots": {"text": str(tmp_path / "dots.jsonl.gz"), "count": 2, "engines": ["espeak"]}}
+    wrong = {"synthesized": spoken, "conversations": {}, "encoded": {"dots": 1, "people": 1}, "tests": ["people"]}
+    result = build(tmp_path / "corpus.yaml", settings | wrong | {"out": tmp_path / "out"})
+    assert result.exit_code == 2
+    assert "dots: 2 could not be made" in result.stderr
+    assert "error: dots: nothing could be made; the first reasons are above" in result.stderr
+    assert not (tmp_path / "out" / "codes").exists()
+
+
+def test_the_time_of_an_interrupted_step_counts(settings: dict[str, Any], tmp_path: Path) -> None:
+    recipe = Recipe.model_validate(settings | {"out": tmp_path})
+    builder = Builder(recipe, Console(file=StringIO()))
+    with pytest.raises(KeyboardInterrupt), builder.step("encode", "spoken"):
+        raise KeyboardInterrupt
+    with builder.step("encode", "spoken"):
+        pass  # everything was there
+    with builder.step("encode", "spoken") as tally:
+        tally["made"] = 3
+    lines = [json.loads(line) for line in (tmp_path / "timings.jsonl").read_text().splitlines()]
+    assert [line["made"] for line in lines] == [0, 3]
+    timings = Timings(tmp_path / "more.jsonl")
+    assert timings.read() == {}
+    for kind, name, seconds in (("encode", "a", 1.26), ("encode", "b", 1.0), ("encode", "a", 2), ("converse", "a", 5)):
+        timings.add(kind, name, seconds, 1)
+    assert timings.read() == {"a": {"encode": 3.3, "converse": 5.0}, "b": {"encode": 1.0}}
+
+
+@pytest.fixture
+def shipped(monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """The recipe of the repository; its paths are relative to the root."""
+    monkeypatch.chdir(ROOT)
+    return read_config(SHIPPED, Recipe)
+
+
+def test_shipped_voices_and_sentences_of_splits_differ(shipped: Recipe) -> None:
+    people: dict[str, set[str]] = {"train": set(), "dev": set(), "test": set()}
+    files: dict[str, set[str]] = {"train": set(), "dev": set(), "test": set()}
+    for spoken in shipped.synthesized.values():
+        if spoken.text != "nonspeech":
+            able = voices(spoken.split, spoken.language)
+            people[spoken.split] |= {v.person for v in able if not spoken.engines or v.engine in spoken.engines}
+            files[spoken.split].add(spoken.text)
+    assert all(people.values()) and all(files.values())
+    for one, other in combinations(people, 2):
+        assert not people[one] & people[other]
+        assert not files[one] & files[other]
+
+
+def test_shipped_dev_and_test_corpora_are_not_trained_on(shipped: Recipe) -> None:
+    made = {**shipped.synthesized, **shipped.conversations}
+    splits = {name: made[name].split for name in shipped.encoded if name in made}
+    assert set(splits.values()) == {"train", "dev"}, "what tests is read as audio, not as codes"
+    assert {name for name in made if made[name].split != "test"} == splits.keys()
+    assert {name for name in made if made[name].split == "test"} <= set(shipped.tests)
+    for talks in shipped.conversations.values():
+        assert {made[name].split for name in talks.of if name in made} == {talks.split}
+    if not any(path.exists() for path in (shipped.path(name) for name in splits)):
+        pytest.skip(f"{shipped.out} is not built: python -m train.corpus")
+    for name, split in splits.items():
+        if shipped.path(name).exists():
+            assert {utterance.split for utterance in read_manifest(shipped.path(name))} == {split}
+
+
+def test_shipped_names_stand_for_corpora(shipped: Recipe) -> None:
+    if not shipped.source.is_dir():
+        pytest.skip(f"the recorded sets are not in {shipped.source}")
+    shipped.check()
+
+
+def test_shipped_tests_are_new_to_what_is_trained_on(shipped: Recipe) -> None:
+    corpora = shipped.corpora()
+    missing = [corpus.name for corpus in corpora if not corpus.path.exists()]
+    if missing:
+        pytest.skip(f"not built, or not recorded: {', '.join(missing)}; python -m train.corpus makes them")
+    assert survey(corpora, Timings(shipped.out / "timings.jsonl"))["untested"] == []

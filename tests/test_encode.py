@@ -1,0 +1,49 @@
+"""Rows of an encoded corpus: what is known of a recording stays true of its varied versions."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from speechllm.audio import write_audio
+from speechllm.codec import load_codec
+from speechllm.data.corpus import Item
+from speechllm.data.encoded import row_facts, stretched
+from speechllm.data.manifest import Utterance
+from speechllm.tasks import Facts, Segment
+from train.encode import encode_row
+
+RATE = 16000
+
+
+def test_stretched_moves_all_times_and_nothing_else() -> None:
+    segments = (Segment("ann", 0.5, 1.0, "hi"), Segment("ben", 1.5, 2.0))
+    facts = Facts(4.0, "hi", "en", "female", {"de": "Ja"}, segments, "greet", {"who": "ben"}, {"accent": "Dutch"})
+    slow = stretched(facts, 1.5)
+    assert slow.duration == 6.0
+    assert slow.segments == (Segment("ann", 0.75, 1.5, "hi"), Segment("ben", 2.25, 3.0))
+    assert stretched(slow, 1 / 1.5) == facts
+    assert stretched(Facts(2.0), 0.5) == Facts(1.0)
+
+
+def test_copies_are_stretched_as_their_sound_is(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    codec = load_codec(tiny_checkpoint / "codec")
+    write_audio(tmp_path / "a.wav", 0.3 * torch.randn(1, 2 * RATE, generator=torch.Generator().manual_seed(0)), RATE)
+    known = {"id": "set/0", "audio": "a.wav", "duration": 2.0, "split": "train", "source": "set", "speaker": "ann"}
+    segment = {"speaker": "ann", "start": 0.5, "end": 1.5, "text": "hi"}
+    item = Item(Utterance.model_validate(known | {"text": "hi", "segments": [segment]}), tmp_path)
+    plain, *copies = (encode_row(codec, item, 1, copy) for copy in range(9))
+    assert row_facts(plain) == item.utterance.facts()
+    assert (plain["codes"] == codec.encode(item.wav(RATE), n_q=1).flatten().numpy()).all()
+    assert [row["id"] for row in copies] == [f"set/0#{copy}" for copy in range(1, 9)]
+    factors = set()
+    for row in copies:
+        facts = row_facts(row)
+        factors.add(factor := facts.duration / 2.0)
+        assert len(row["codes"]) == math.ceil(round(facts.duration * codec.frame_rate, 3))
+        assert (facts.segments[0].start, facts.segments[0].end) == pytest.approx((0.5 * factor, 1.5 * factor))
+        assert (facts.text, row["split"], row["speaker"]) == ("hi", "train", "ann")
+    assert len(factors) > 2, "some copies are faster or slower"
+    again = encode_row(codec, item, 1, 3)
+    assert (again["codes"] == copies[2]["codes"]).all() and again["facts"] == copies[2]["facts"]

@@ -1,0 +1,152 @@
+"""Build a whole corpus from one recipe: ``python -m train.corpus --config train/configs/corpus.yaml``.
+
+Speech is synthesised, conversations are mixed, everything is encoded, and it is checked that what tests is new to what
+trains. What is there already is kept, so an interrupted build goes on where it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from speechllm.codec import load_codec
+from speechllm.data.manifest import Utterance, write_manifest
+from speechllm.data.overlap import hold_out_sentences
+from speechllm.data.recorded import read_recorded
+from speechllm.data.synthesis import require_voice
+from speechllm.errors import InputError
+from train import converse, synthesize
+from train.config import read_config
+from train.corpus_config import Conversations, Recipe, Synthesis, naming
+from train.corpus_report import Timings, survey, write_report
+from train.encode import encode_corpus
+from train.making import make_corpus, plain_errors
+
+
+def placed(utterance: Utterance, folder: Path) -> Utterance:
+    """The utterance of a manifest in ``folder`` as any other manifest may hold it."""
+    key = "audio" if utterance.tar is None else "tar"
+    return utterance.model_copy(update={key: str(folder.resolve() / getattr(utterance, key))})
+
+
+class Builder:
+    """The steps of a recipe; each makes what is not there yet, and a line of timings when it made something."""
+
+    def __init__(self, recipe: Recipe, console: Console):
+        self.recipe, self.console = recipe, console
+        self.timings = Timings(recipe.out / "timings.jsonl")
+
+    def plan(self, name: str, spoken: Synthesis) -> synthesize.Plan:
+        """Read the sentences.
+
+        Raises:
+            InputError: they are not there, or not in the language, or a voice for them is not installed.
+        """
+        recipe, options = self.recipe, spoken.model_dump(exclude={"text", "count"})
+        text = spoken.text if spoken.text in ("digits", "nonspeech") else str(recipe.source / spoken.text)
+        plan = synthesize.prepare(text, recipe.out / name, noise=recipe.noise_for(spoken.split), **options)
+        voices = plan.voices() if text != "nonspeech" else ()
+        if text != "nonspeech" and not voices:
+            raise InputError(f"none of the engines has a voice for split {spoken.split}, language {spoken.language}")
+        for voice in voices:
+            require_voice(voice)
+        return plan
+
+    @contextmanager
+    def step(self, kind: str, name: str) -> Iterator[Counter[str]]:
+        """Time a step; it counts what it ``made``, has ``kept`` from before, and what ``failed``.
+
+        Raises:
+            InputError: all failed.
+        """
+        tally: Counter[str] = Counter()
+        begun = time.monotonic()
+        try:
+            yield tally
+        except KeyboardInterrupt:  # what it made stays, and the time that took counts
+            self.timings.add(kind, name, time.monotonic() - begun, 0)
+            raise
+        if tally["made"]:
+            self.timings.add(kind, name, time.monotonic() - begun, tally["made"])
+        if tally["failed"]:
+            self.console.print(f"{name}: {tally['failed']} could not be made", markup=False)
+            if not tally["made"] + tally["kept"]:
+                raise InputError(f"{name}: nothing could be made; the first reasons are above")
+
+    def synthesize(self, name: str, spoken: Synthesis) -> None:
+        plan = self.plan(name, spoken)
+        with self.step("synthesize", name) as tally:
+            tally.update(synthesize.synthesize(plan, spoken.count, self.recipe.jobs, self.console))
+
+    def keep_for_test(self, name: str, share: float) -> None:
+        """A manifest of a recorded set in which ``share`` of the sentences occur in the test split, and there alone."""
+        recipe, folder = self.recipe, self.recipe.source / name
+        recipe.path(name).parent.mkdir(parents=True, exist_ok=True)
+        left = hold_out_sentences(read_recorded(folder), share)
+        write_manifest(recipe.path(name), [placed(utterance, folder) for utterance in left])
+
+    def converse(self, name: str, talks: Conversations) -> None:
+        recipe, manifests = self.recipe, [self.recipe.path(other) for other in talks.of]
+        with naming(f"conversations.{name}"):
+            noise = recipe.noise_for(talks.split)
+            plan = converse.prepare(manifests, recipe.out / name, talks.split, talks.seed, talks.max_seconds, noise)
+        with self.step("converse", name) as tally:
+            tally.update(make_corpus(plan, converse.make, talks.count, recipe.jobs, self.console))
+
+    def encode(self, name: str, copies: int) -> None:
+        recipe = self.recipe
+        with self.step("encode", name) as tally:
+            out = recipe.out / "codes" / name
+            tally["made"] = encode_corpus(recipe.path(name), recipe.codec, out, recipe.n_q, copies, recipe.jobs)
+
+    def build(self, audio_only: bool = False) -> dict[str, Any]:
+        """Make everything (or all but the codes), write the report, and return it.
+
+        Raises:
+            InputError: a name, source, voice or the codec is missing, which is seen before the first step; or a task
+                has no test set that is new to what is trained on.
+        """
+        recipe = self.recipe
+        recipe.check()
+        if not audio_only:
+            with naming("codec"):
+                load_codec(recipe.codec).check_n_q(recipe.n_q)
+        for name, spoken in recipe.synthesized.items():
+            with naming(f"synthesized.{name}"):
+                self.plan(name, spoken)
+        for name, spoken in recipe.synthesized.items():
+            self.synthesize(name, spoken)
+        for name, share in recipe.unseen_sentences.items():
+            self.keep_for_test(name, share)
+        for name, talks in recipe.conversations.items():
+            self.converse(name, talks)
+        for name, copies in recipe.encoded.items() if not audio_only else ():
+            self.encode(name, copies)
+        report = survey(recipe.corpora(), self.timings)
+        write_report(recipe.out, report)
+        if report["untested"]:
+            raise InputError(f"tests: no set with new speakers and new sentences for {', '.join(report['untested'])}")
+        return report
+
+
+def main(
+    config: Annotated[Path, typer.Option(help="the recipe, a YAML file")] = Path("train/configs/corpus.yaml"),
+    audio_only: Annotated[bool, typer.Option(help="leave the codes for later: a codec is yet to be trained")] = False,
+) -> None:
+    """Build a corpus: synthesise, mix conversations, encode, check. Interrupted, it goes on where it was."""
+    with plain_errors(config):
+        recipe = read_config(config, Recipe)
+        totals = Builder(recipe, Console(stderr=True)).build(audio_only)["totals"]
+    hours = sum(value for name, value in totals.items() if name.startswith("hours"))
+    typer.echo(f"{recipe.out}: {hours:.1f} h; {recipe.out / 'corpus.md'} says what is in it")
+
+
+if __name__ == "__main__":
+    typer.run(main)

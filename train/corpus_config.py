@@ -1,0 +1,164 @@
+"""The recipe of a corpus: what is made, of what, what is encoded and what tests."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field
+
+from speechllm.data.manifest import Split, Utterance, read_manifest
+from speechllm.data.overlap import hold_out_sentences
+from speechllm.data.recorded import read_recorded
+from speechllm.data.synthesis import Engine
+from speechllm.errors import InputError
+from train.config import Settings
+
+Kind = Literal["synthesized", "conversations", "recorded"]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Copies = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One corpus of a recipe. ``path`` is its manifest or the folder of a recorded set, ``codes`` where these are.
+
+    Its train split is ``trained`` on, its test split is what ``tests``.
+    """
+
+    name: str
+    kind: Kind
+    path: Path
+    codes: Path
+    trained: bool
+    tests: bool
+
+    def by_split(self) -> dict[str, list[Utterance]]:
+        """Its utterances; InputError when the manifest is missing or damaged."""
+        splits: dict[str, list[Utterance]] = {split: [] for split in get_args(Split)}
+        for utterance in read_recorded(self.path) if self.path.is_dir() else read_manifest(self.path):
+            splits[utterance.split].append(utterance)
+        return splits
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the audio made for it (none for a recorded set), and of its codes."""
+        audio = self.path.parent.glob("audio/*/*.flac") if self.kind != "recorded" else ()
+        files = {"audio_bytes": audio, "codes_bytes": self.codes.glob("*.parquet")}
+        return {name: sum(path.stat().st_size for path in paths) for name, paths in files.items()}
+
+
+class Synthesis(Settings):
+    """Options of ``train.synthesize``; a file of sentences is below the recipe's ``source``."""
+
+    text: str
+    count: int = Field(ge=1)
+    language: str = "en"
+    split: Split = "train"
+    fragments: float = Field(0.0, ge=0, le=1)
+    seed: int = Field(1, ge=0)
+    engines: tuple[Engine, ...] = ()
+
+
+class Conversations(Settings):
+    """Options of ``train.converse``."""
+
+    of: list[str] = Field(min_length=1)
+    count: int = Field(ge=1)
+    split: Split = "train"
+    seed: int = Field(1, ge=0)
+    max_seconds: float = Field(12.0, ge=4)
+
+
+class Recipe(Settings):
+    """The YAML file. A corpus is called by its name: that of a recorded set, or of one made by the recipe."""
+
+    out: Path
+    source: Path
+    codec: Path = Path("tokenizers/codec")
+    n_q: int = Field(1, ge=1)
+    jobs: int = Field(2, ge=1)
+    noise: str | None = Field(None, description="recorded set that is mixed into train utterances")
+    synthesized: dict[str, Synthesis] = Field(default_factory=dict)
+    conversations: dict[str, Conversations] = Field(default_factory=dict)
+    unseen_sentences: dict[str, Share] = Field(default_factory=dict)
+    encoded: dict[str, Copies] = Field(min_length=1)
+    tests: list[str] = Field(default_factory=list)
+
+    def path(self, name: str) -> Path:
+        """The manifest made by the recipe, or the folder of the recorded set."""
+        made = {*self.synthesized, *self.conversations, *self.unseen_sentences}
+        return self.out / name / "manifest.jsonl" if name in made else self.source / name
+
+    def noise_for(self, split: Split) -> Path | None:
+        """Only what trains has noise."""
+        return self.source / self.noise if self.noise and split == "train" else None
+
+    def corpora(self) -> list[Corpus]:
+        """Everything that is made, then the recorded sets in the order of their use."""
+        kinds: dict[str, Kind] = dict.fromkeys(self.synthesized, "synthesized")
+        kinds |= dict.fromkeys(self.conversations, "conversations")
+        mixed = [name for talks in self.conversations.values() for name in talks.of]
+        for name in (*self.encoded, *self.tests, *mixed):
+            kinds.setdefault(name, "recorded")
+        return [
+            Corpus(name, kind, self.path(name), self.out / "codes" / name, name in self.encoded, name in self.tests)
+            for name, kind in kinds.items()
+        ]
+
+    def check(self) -> None:
+        """See that every name stands for a corpus that has what it is named for.
+
+        Raises:
+            InputError: one does not; the message names the setting, and where to put a recorded set that is missing.
+        """
+        made = [*self.synthesized, *self.conversations, *self.unseen_sentences]
+        if twice := [name for name, times in Counter(made).items() if times > 1]:
+            raise InputError(f"{twice[0]}: the recipe makes two corpora of this name; rename one")
+        if self.noise is not None:
+            self.recorded("noise", self.noise)
+        for name, share in self.unseen_sentences.items():
+            setting = f"unseen_sentences.{name}"
+            utterances = self.recorded(setting, name)
+            with naming(setting):
+                hold_out_sentences(utterances, share)
+        for name, talks in self.conversations.items():
+            for other in talks.of:
+                if other in self.conversations:
+                    raise InputError(f"conversations.{name}.of: {other} are conversations; name single speakers")
+                self.known(f"conversations.{name}.of", other, talks.split)
+        for name in self.encoded:
+            self.known("encoded", name)
+        for name in self.tests:
+            self.known("tests", name, "test")
+
+    def known(self, setting: str, name: str, split: Split | None = None) -> None:
+        """InputError when there will be no corpus of this name, or nothing of the split in it."""
+        if name in self.unseen_sentences:
+            return  # has a train and a test split
+        plan = self.synthesized.get(name) or self.conversations.get(name)
+        splits = {plan.split} if plan else {utterance.split for utterance in self.recorded(setting, name)}
+        if split and split not in splits:
+            raise InputError(f"{setting}: {name} has no {split} recordings")
+
+    def recorded(self, setting: str, name: str) -> list[Utterance]:
+        """What is in a recorded set; InputError when it is not there."""
+        folder = self.source / name
+        if not (folder / "manifest.jsonl").is_file():
+            raise InputError(
+                f"{setting}: {name} is not made by the recipe, and not recorded: there is no {folder}/manifest.jsonl; "
+                "put the set there, or correct the name"
+            )
+        return read_recorded(folder)
+
+
+@contextmanager
+def naming(setting: str) -> Iterator[None]:
+    """Errors begin with the setting that they are about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{setting}: {error}") from error
