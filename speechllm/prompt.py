@@ -45,11 +45,15 @@ class Rendered:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Right-padded sequences [batch, seq], all int64: labels are unshifted, IGNORE_INDEX off the answer."""
+    """Right-padded rows [batch, seq], all int64: labels are unshifted, IGNORE_INDEX off the answer.
+
+    position_ids begin anew with every sequence: where a row holds several, none attends to another.
+    """
 
     input_ids: Tensor
     labels: Tensor
     attention_mask: Tensor
+    position_ids: Tensor
 
 
 def render(example: Example, vocabulary: Vocabulary, text: TextTokenizer, shots: Sequence[Example] = ()) -> Rendered:
@@ -82,27 +86,32 @@ def next_ids(labels: Tensor) -> Tensor:
     return labels[:, 1:]
 
 
-def collate(sequences: Sequence[Rendered], pad_id: int, max_len: int | None = None) -> Batch:
-    """Pad to the longest sequence, on the right.
+def collate(rows: Sequence[Sequence[Rendered]], pad_id: int, max_len: int | None = None) -> Batch:
+    """Rows of one or more sequences, padded to the longest row on the right.
 
-    Raises ValueError for an empty batch and InputError for a sequence of more than max_len ids: nothing is cut.
+    Raises ValueError for an empty batch and InputError for a row of more than max_len ids: nothing is cut.
     """
-    if not sequences:
+    if not rows:
         raise ValueError("cannot collate an empty batch")
-    longest = max(len(sequence.ids) for sequence in sequences)
+    longest = max(sum(len(sequence.ids) for sequence in row) for row in rows)
     if max_len is not None and longest > max_len:
         raise InputError(f"a sequence of {longest} ids exceeds max_len = {max_len}: shorten its audio or raise max_len")
-    shape = (len(sequences), longest)
+    shape = (len(rows), longest)
     batch = Batch(
         input_ids=torch.full(shape, pad_id, dtype=torch.int64),
         labels=torch.full(shape, IGNORE_INDEX, dtype=torch.int64),
         attention_mask=torch.zeros(shape, dtype=torch.int64),
+        position_ids=torch.zeros(shape, dtype=torch.int64),
     )
-    for row, sequence in enumerate(sequences):
-        length = len(sequence.ids)
-        batch.input_ids[row, :length] = sequence.ids
-        batch.labels[row, :length] = labels(sequence)
-        batch.attention_mask[row, :length] = 1
+    for number, row in enumerate(rows):
+        start = 0
+        for sequence in row:
+            place = slice(start, start + len(sequence.ids))
+            batch.input_ids[number, place] = sequence.ids
+            batch.labels[number, place] = labels(sequence)
+            batch.attention_mask[number, place] = 1
+            batch.position_ids[number, place] = torch.arange(len(sequence.ids))
+            start = place.stop
     return batch
 
 

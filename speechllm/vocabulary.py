@@ -19,6 +19,8 @@ class Vocabulary:
     text_size: text pieces. n_q: codebooks the LM sees. card: codes in each codebook.
     merge_repeats: write a run of equal codes as one id (shorter stream, durations are lost; n_q = 1 only).
     times: marks of times that answers may hold, one every TIME_STEP seconds from 0.
+    acoustic_stride: codebooks after the first are written on one frame of so many: who speaks, and how, changes more
+    slowly than the sounds, and positions are dear.
     """
 
     text_size: int
@@ -26,18 +28,21 @@ class Vocabulary:
     card: int
     merge_repeats: bool = False
     times: int = 0
+    acoustic_stride: int = 1
 
     TIME_STEP: ClassVar[float] = 0.04  # seconds, a frame of our codec
     MAX_SPEAKERS: ClassVar[int] = 8
+    MASKED: ClassVar[int] = -1  # in codes
     # Slots no task uses yet are kept, so that a new control token moves no other id.
     num_controls: ClassVar[int] = 32
     _controls: ClassVar[tuple[str, ...]] = (
         *("pad", "audio_begin", "audio_end", "answer", "end"),
         *(f"speaker_{number}" for number in range(1, 9)),
+        "mask",
     )
 
     def __post_init__(self) -> None:
-        for name in ("text_size", "n_q", "card"):
+        for name in ("text_size", "n_q", "card", "acoustic_stride"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise InputError(f"vocabulary.{name} must be a whole number of 1 or more, not {value!r}")
@@ -80,6 +85,11 @@ class Vocabulary:
         """Ends the answer."""
         return self._control("end")
 
+    @property
+    def mask(self) -> int:
+        """Stands for a code that is hidden from the LM in training."""
+        return self._control("mask")
+
     def speaker(self, number: int) -> int:
         """The mark of a speaker, numbered from 1. Raises InputError for more speakers than there are marks."""
         if not 1 <= number <= self.MAX_SPEAKERS:
@@ -118,43 +128,68 @@ class Vocabulary:
         return ids
 
     def audio_ids(self, codes: Tensor) -> Tensor:
-        """Codes [n_q, frames] to ids [n_q * frames] int64, frame by frame: c0 c1 c0 c1 …
+        """Codes [n_q, frames] to ids [seq] int64, frame by frame: c0 c1 c0 c1 …, or c0 c1 c0 c0 c1 … with a stride.
 
-        With merge_repeats: ids [runs], a run of equal codes as one id. Raises ValueError for another shape, a dtype
-        that is not integer, or a code outside [0, card).
+        A code of MASKED gives the id `mask`. With merge_repeats: ids [runs], a run of equal codes as one id. Raises
+        ValueError for another shape, a dtype that is not integer, or a code outside [0, card).
         """
         if codes.ndim != 2 or codes.shape[0] != self.n_q:
             raise ValueError(f"codes must be [n_q={self.n_q}, frames], not {list(codes.shape)}")
         if codes.dtype == torch.bool or codes.is_floating_point() or codes.is_complex():
             raise ValueError(f"codes must be integers, not {codes.dtype}")
         codes = codes.to(torch.int64)
-        if bool(((codes < 0) | (codes >= self.card)).any()):
+        masked = codes == self.MASKED
+        if bool((((codes < 0) & ~masked) | (codes >= self.card)).any()):
             raise ValueError(f"a code is outside [0, {self.card})")
+        ids = (codes + self._offsets(codes)).masked_fill(masked, self.mask)
         if self.merge_repeats:
-            codes = torch.unique_consecutive(codes, dim=1) if codes.shape[1] else codes  # [1, runs]
-        return (codes + self._offsets(codes)).T.reshape(-1)
+            return torch.unique_consecutive(ids[0]) if ids.shape[1] else ids[0]
+        return ids.T[self._written(ids.shape[1], ids.device)]
 
     def codes(self, ids: Tensor) -> Tensor:
-        """Ids [n_q * frames] back to codes [n_q, frames] int64: the inverse of `audio_ids`.
+        """Ids [seq] back to codes [n_q, frames] int64: the inverse of `audio_ids`, MASKED where a code is.
 
-        With merge_repeats a frame is a run: how long it was is gone. Raises ValueError when an id is no code of the
-        codebook whose turn it is, or the last frame is not whole.
+        What the stride left out is as on the frame before. With merge_repeats a frame is a run: how long it was is
+        gone. Raises ValueError when an id is no code of the codebook whose turn it is, or the last frame is not whole.
         """
-        if ids.ndim != 1 or ids.numel() % self.n_q:
-            raise ValueError(f"audio ids must be [n_q * frames] with n_q = {self.n_q}, not {list(ids.shape)}")
-        codes = ids.to(torch.int64).reshape(-1, self.n_q).T  # [n_q, frames]
+        whole, rest = divmod(ids.numel(), self.n_q + self.acoustic_stride - 1)
+        frames = whole * self.acoustic_stride + max(0, rest - self.n_q + 1)
+        if ids.ndim != 1 or 0 < rest < self.n_q:
+            raise ValueError(f"audio ids must be whole frames with n_q = {self.n_q}, not {list(ids.shape)}")
+        codes = torch.empty(frames, self.n_q, dtype=torch.int64, device=ids.device)
+        codes[self._written(frames, ids.device)] = ids.to(torch.int64)
+        codes[:, 1:] = codes[torch.arange(frames) // self.acoustic_stride * self.acoustic_stride, 1:]
+        codes = codes.T  # [n_q, frames]
+        masked = codes == self.mask
         codes = codes - self._offsets(codes)
-        if bool(((codes < 0) | (codes >= self.card)).any()):
+        if bool((((codes < 0) | (codes >= self.card)) & ~masked).any()):
             raise ValueError("an id is not a code of the codebook whose turn it is")
-        return codes.contiguous()
+        return codes.masked_fill(masked, self.MASKED).contiguous()
+
+    def _written(self, frames: int, device: torch.device) -> Tensor:
+        """Bool [frames, n_q]: which codes are in the stream."""
+        written = torch.ones(frames, self.n_q, dtype=torch.bool, device=device)
+        written[:, 1:] = (torch.arange(frames, device=device) % self.acoustic_stride == 0)[:, None]
+        return written
 
     def is_text(self, ids: Tensor) -> Tensor:
         """Bool, shape of ids: text pieces."""
         return (ids >= 0) & (ids < self.text_size)
 
     def is_audio(self, ids: Tensor) -> Tensor:
-        """Bool, shape of ids: codes of any codebook."""
-        return (ids >= self._audio_start) & (ids < self.size)
+        """Bool, shape of ids: codes of any codebook, masked ones too."""
+        return ((ids >= self._audio_start) & (ids < self.size)) | (ids == self.mask)
+
+    def shared_ids(self, other: "Vocabulary") -> tuple[Tensor, Tensor]:
+        """Ids here and ids in another vocabulary of the same text pieces and codebook size that mean the same."""
+        marks = min(self.times, other.times)
+        codes = min(self.n_q, other.n_q) * self.card
+        sizes = (self.text_size + self.num_controls, marks, codes)
+        starts = ((0, 0), (self._times_start, other._times_start), (self._audio_start, other._audio_start))
+        return tuple(  # type: ignore[return-value]  # two of them
+            torch.cat([torch.arange(size) + pair[side] for size, pair in zip(sizes, starts, strict=True)])
+            for side in (0, 1)
+        )
 
     def fingerprint(self, text_model: bytes = b"") -> str:
         """SHA-256 (hex) of the layout and the text model's bytes: equal only where ids mean the same."""

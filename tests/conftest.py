@@ -172,12 +172,13 @@ def pretrain_settings(corpus: Path, codec_run: Path, tmp_path_factory: pytest.Te
     return {
         "text_model": TEXT_MODEL,
         "codec": codec_run / "codec",
-        "corpora": [codes / "manifest"],
+        "corpora": {str(codes / "manifest"): 1.0},
         "dev_corpora": [codes / "dev"],
         "tasks": {"transcribe": 0.7, "translate_de": 0.3},
         "model": {"hidden_size": 32, "num_layers": 2, "expert_size": 32, "num_experts": 4, "max_positions": 512},
-        "ctc_layer": 1, "max_answer_tokens": 6, "batch_tokens": 250, "max_examples": 4, "short_first": 4, "warmup": 4,
-        "code_noise": 0.1, "steps": 10, "log_every": 2, "evaluate_every": 10, "save_every": 6, "decode_examples": 2,
+        "curriculum": {"translate_de": 41},
+        "ctc_layer": 1, "max_answer_tokens": 6, "batch_tokens": 150, "row_length": 120, "short_first": 4, "warmup": 4,
+        "code_noise": 0.1, "steps": 56, "log_every": 4, "evaluate_every": 56, "save_every": 30, "decode_examples": 2,
     }  # fmt: skip
 
 

@@ -143,7 +143,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "settings unknown": (lambda f: rewrite(f / "speechllm.json", colour="red"), r"speechllm\.json: .*colour"),
     "vocabulary": (
         lambda f: rewrite(f / "speechllm.json", vocabulary={"n_q": 1}),
-        r"speechllm\.json: vocabulary\.card",
+        r"speechllm\.json: vocabulary\.acoustic_stride",
     ),
     "no text model": (lambda f: (f / "text.model").unlink(), r"text\.model: cannot read"),
     "text model cut": (lambda f: cut(f / "text.model"), r"text\.model: "),

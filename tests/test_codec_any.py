@@ -135,10 +135,10 @@ def test_from_a_codec_to_an_answer(
 
     config = Pretraining.model_validate(
         {
-            "out": tmp_path / "run", "text_model": TEXT_MODEL, "codec": codec_folder, "corpora": [codes],
+            "out": tmp_path / "run", "text_model": TEXT_MODEL, "codec": codec_folder, "corpora": {str(codes): 1.0},
             "dev_corpora": [codes], "tasks": {"transcribe": 1}, "n_q": N_Q, "merge_repeats": False,
             "model": {"hidden_size": 32, "num_layers": 2, "expert_size": 32, "num_experts": 4, "max_positions": 512},
-            "ctc_layer": 1, "max_answer_tokens": 4, "batch_tokens": 400, "max_examples": 4, "short_first": 0,
+            "ctc_layer": 1, "max_audio_seconds": 2, "max_answer_tokens": 4, "batch_tokens": 400, "short_first": 0,
             "warmup": 1, "steps": 3, "log_every": 1, "evaluate_every": 3, "save_every": 3, "decode_examples": 1,
         }
     )  # fmt: skip

@@ -1,38 +1,51 @@
-"""From an encoded corpus on disk to batches: exact ids, labels and masks, and shares that are kept."""
+"""From an encoded corpus on disk to batches: who can teach what, exact ids, labels and masks, packing, code noise."""
 
 import json
-from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from speechllm.codec import SpeechCodec, SpeechCodecConfig
+from speechllm.data import mixture as mixtures
 from speechllm.data.encoded import read_encoded, row_codes, row_facts, write_facts
-from speechllm.data.mixture import Mixture
+from speechllm.data.mixture import CodeNoise, Draw, Mixture, TrainingBatch, pack
 from speechllm.errors import InputError
 from speechllm.prompt import IGNORE_INDEX
-from speechllm.tasks import TASKS, Facts
+from speechllm.tasks import TASKS, Facts, Segment
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 from train.encode import FEATURES
 
 TEXT = TextTokenizer.load(Path(__file__).parents[1] / "tokenizers" / "text.model")
 PLAIN = Vocabulary(TEXT.size, n_q=2, card=16)
+SLOW = Vocabulary(TEXT.size, n_q=2, card=16, acoustic_stride=2)
 MERGED = Vocabulary(TEXT.size, n_q=1, card=16, merge_repeats=True)
 CODEBOOK_0 = TEXT.size + 32
 
 
-def row(name: str, codes: list[list[int]], text: str | None, split: str = "train", **translations: str) -> dict:
+def row(
+    name: str,
+    codes: list[list[int]],
+    text: str | None,
+    split: str = "train",
+    segments: tuple[Segment, ...] = (),
+    **translations: str,
+) -> dict:
+    facts = Facts(len(codes[0]) / 25, text, "en", translations=translations, segments=segments)
     return {
         "id": name,
         "split": split,
         "source": "made",
         "speaker": "ann",
-        "facts": write_facts(Facts(len(codes[0]) / 25, text, "en", translations=translations)),
+        "facts": write_facts(facts),
         "n_q": len(codes),
         "codes": [code for codebook in codes for code in codebook],
     }
@@ -62,12 +75,49 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return read_encoded([write(tmp_path_factory.mktemp("encoded") / "codes", ROWS, shards=2)], "train")
 
 
-def make(rows: Dataset, weights: dict[str, float], vocabulary: Vocabulary = PLAIN, noise: float = 0.0) -> Mixture:
-    return Mixture(rows, vocabulary, TEXT, weights, noise)
+def make(rows: Dataset, *tasks: str, vocabulary: Vocabulary = PLAIN, noise: CodeNoise | None = None) -> Mixture:
+    return Mixture({"codes": rows}, vocabulary, TEXT, tasks, noise=noise)
 
 
-def index_of(mixture: Mixture, name: str) -> int:
-    return [row["id"] for row in mixture.rows].index(name)
+def dataset(*rows: dict) -> Dataset:
+    return Dataset.from_list(list(rows), features=FEATURES)
+
+
+def draws_of(mixture: Mixture, task: str, *names: str) -> list[Draw]:
+    places = {row["id"]: place for place, row in enumerate(mixture.rows)}
+    return [Draw(task, places[name]) for name in names]
+
+
+def names(mixture: Mixture) -> dict[str, dict[str, list[str]]]:
+    """The pools, rows by their ids."""
+    ids = [row["id"] for row in mixture.rows]
+    return {
+        task: {corpus: [ids[n] for n in pool.rows] for corpus, pool in pools.items()}
+        for task, pools in mixture.pools.items()
+    }
+
+
+def sequences(batch: TrainingBatch) -> list[tuple[list[int], list[int], list[bool]]]:
+    """Ids, labels and audio mask of each sequence, row by row; the rest of the batch is padding."""
+    found = []
+    for ids, labels, kept, positions, heard in zip(
+        batch.lm.input_ids,
+        batch.lm.labels,
+        batch.lm.attention_mask,
+        batch.lm.position_ids,
+        batch.audio_mask,
+        strict=True,
+    ):
+        length = int(kept.sum())
+        assert kept.tolist() == [1] * length + [0] * (len(ids) - length)
+        assert set(ids[length:].tolist()) <= {PLAIN.pad}
+        assert set(labels[length:].tolist()) <= {IGNORE_INDEX}
+        assert not heard[length:].any() and not positions[length:].any()
+        starts = [n for n in range(length) if positions[n] == 0]
+        for start, end in zip(starts, [*starts[1:], length], strict=True):
+            assert positions[start:end].tolist() == list(range(end - start))
+            found.append((ids[start:end].tolist(), labels[start:end].tolist(), heard[start:end].tolist()))
+    return found
 
 
 def test_splits_and_columns_come_back(rows: Dataset) -> None:
@@ -82,110 +132,173 @@ def test_splits_and_columns_come_back(rows: Dataset) -> None:
         row_codes(found["dogs"], 3)
 
 
-def test_rows_without_an_answer_are_left_out(rows: Dataset) -> None:
-    def kept(**weights: float) -> set[str]:
-        return {row["id"] for row in make(rows, weights).rows}
+def test_a_pool_holds_what_has_an_answer_shortest_first(rows: Dataset) -> None:
+    one, two = (
+        rows.select([n for n, row in enumerate(rows) if (row["id"] == "dogs") == dogs]) for dogs in (False, True)
+    )
+    tasks = ("transcribe", "translate_de", "translate_fr", "translate_text_de", "emotion")
+    mixture = Mixture({"one": one, "two": two}, PLAIN, TEXT, tasks)
+    assert names(mixture) == {
+        "transcribe": {"one": ["boy", "silence"], "two": ["dogs"]},
+        "translate_de": {"one": ["heard", "silence"], "two": ["dogs"]},
+        "translate_fr": {"one": ["silence", "boy"]},
+        "translate_text_de": {"two": ["dogs"]},
+    }
+    # controls, audio, and the characters of question and answer
+    pools = mixture.pools
+    asked = len(TASKS["transcribe"].wordings[Random(0).randrange(len(TASKS["transcribe"].wordings))])
+    assert pools["transcribe"]["two"].lengths == pytest.approx([4 + 12 + (asked + 13) / 3.7])
+    assert pools["transcribe"]["one"].lengths == pytest.approx([4 + 4 + (asked + 5) / 3.7, 4 + 6 + asked / 3.7])
+    (read,) = pools["translate_text_de"]["two"].lengths
+    question, answer = TASKS["translate_text_de"].pose(row_facts(DOGS), Random(0)) or ("", ())
+    assert read == pytest.approx(4 + (len(question) + len("".join(map(str, answer)))) / 3.7)  # nothing is heard
+    short = Mixture({"one": one, "two": two}, PLAIN, TEXT, ("transcribe",), max_seconds=0.1)
+    assert names(short) == {"transcribe": {"one": ["boy"]}}
+    (asked, answer) = (short.example(draws_of(short, "transcribe", "boy")[0], Random(0)), ("A boy",))
+    assert (asked.answer, asked.task, asked.language, asked.speaker) == (answer, "transcribe", "en", "ann")
+    heard = mixture.example(draws_of(mixture, "translate_de", "heard")[0], Random(0))
+    assert heard.answer == ("Ja.",)
 
-    assert kept(transcribe=1) == {"dogs", "boy", "silence"}
-    assert kept(translate_de=1) == {"dogs", "silence", "heard"}
-    assert kept(translate_fr=1, transcribe=1) == {"dogs", "boy", "silence"}
-    mixture = make(rows, {"transcribe": 1, "translate_de": 1})
-    heard = {mixture.example(index_of(mixture, "heard"), Random(seed)).answer for seed in range(20)}
-    assert heard == {("Ja.",)}
+
+def test_what_there_is_no_mark_for_is_not_asked() -> None:
+    """A segment may end a little after its recording, and there may be more speakers than marks."""
+    whole = row("whole", [[1] * 50, [1] * 50], None, segments=(Segment("a", 0, 2.0, "yes"),))
+    late = row("late", [[1] * 50, [1] * 50], None, segments=(Segment("a", 0, 2.05, "yes"),))
+    crowd = row(
+        "crowd", [[1] * 50, [1] * 50], None, segments=tuple(Segment(str(n), n / 9, 1.5, "yes") for n in range(9))
+    )
+    timed = replace(PLAIN, times=51)  # to 2.00 s
+    mixture = make(dataset(whole, late, crowd), "diarize", "transcribe_times", vocabulary=timed)
+    assert {task: sorted(pools["codes"]) for task, pools in names(mixture).items()} == {
+        "diarize": ["whole"],
+        "transcribe_times": ["crowd", "whole"],
+    }
+    batch = mixture.batch(draws_of(mixture, "diarize", "whole"), 1, Random(0))
+    assert batch.transcripts.tolist() == [TEXT.encode("yes")]
+
+
+def test_a_changed_task_is_noticed(rows: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the files of datasets remember of an earlier run must not stand in for it."""
+    before = names(make(rows, "transcribe"))
+    monkeypatch.setitem(mixtures.TASKS, "transcribe", TASKS["translate_text_de"])
+    assert names(make(rows, "transcribe")) == {"transcribe": {"codes": ["dogs"]}} != before
 
 
 def test_tasks_on_text_hear_nothing(rows: Dataset) -> None:
-    mixture = make(rows, {"translate_text_de": 1})
-    assert [row["id"] for row in mixture.rows] == ["dogs"]
-    example = mixture.example(0, Random(0))
+    mixture = make(rows, "translate_text_de", noise=CodeNoise(0.5, 0.5))
+    draws = draws_of(mixture, "translate_text_de", "dogs")
+    example = mixture.example(draws[0], Random(0))
     assert example.codes.shape == (2, 0)
     assert example.instruction.endswith("Two dogs run.")
-    batch = mixture.batch([0], Random(0))
+    batch = mixture.batch(draws, 100, Random(0))
     assert batch.audio_mask.sum() == 1  # the end of no audio
-    assert batch.transcript_lengths.tolist() == [0]
+    assert (batch.audio_lengths.tolist(), batch.transcript_lengths.tolist()) == ([1], [0])
+
+    both = make(rows, "translate_text_de", "transcribe")
+    listening = draws_of(both, "transcribe", "dogs", "boy")
+    for order in ([*draws, *listening], [*listening, *draws]):
+        batch = both.batch(order, 60, Random(3))
+        known = zip(batch.tasks, batch.audio_lengths.tolist(), batch.transcript_lengths.tolist(), strict=True)
+        pieces = [len(TEXT.encode(text)) for text in ("Two dogs run.", "A  boy ")]
+        assert sorted(known) == [
+            *(("transcribe", 4 + 1, pieces[1]), ("transcribe", 12 + 1, pieces[0]), ("translate_text_de", 1, 0)),
+        ]
 
 
+@pytest.mark.parametrize("row_length", [1, 40, 1000])
 @pytest.mark.parametrize(
-    ("vocabulary", "dogs", "boy"),
+    ("vocabulary", "dogs", "boy", "silence"),
     [
-        (PLAIN, [1, 16 + 3, 1, 16 + 4, 2, 16 + 5, 2, 16 + 6, 2, 16 + 7, 1, 16 + 8], [5, 16 + 9, 5, 16 + 10]),
-        (MERGED, [1, 2, 1], [5]),
+        (PLAIN, [1, 16 + 3, 1, 16 + 4, 2, 16 + 5, 2, 16 + 6, 2, 16 + 7, 1, 16 + 8], [5, 25, 5, 26], [0, 16] * 3),
+        (SLOW, [1, 16 + 3, 1, 2, 16 + 5, 2, 2, 16 + 7, 1], [5, 25, 5], [0, 16, 0, 0, 16]),
+        (MERGED, [1, 2, 1], [5], [0]),
     ],
-    ids=["two codebooks", "merged"],
+    ids=["two codebooks", "slow second", "merged"],
 )
-def test_exact_batch(rows: Dataset, vocabulary: Vocabulary, dogs: list[int], boy: list[int]) -> None:
-    mixture = make(rows, {"transcribe": 1}, vocabulary)
-    indices = [index_of(mixture, name) for name in ("dogs", "boy", "silence")]
-    silence = [0, 16] * 3 if vocabulary is PLAIN else [0]
-    batch = mixture.batch(indices, Random(7))
-    assert batch.lm.input_ids.shape == batch.lm.labels.shape == batch.lm.attention_mask.shape == batch.audio_mask.shape
-    expected_answers = [TEXT.encode("Two dogs run."), TEXT.encode("A boy"), []]
-    wordings = set()
-    for n, (codes, answer) in enumerate(zip([dogs, boy, silence], expected_answers, strict=True)):
-        ids, length = batch.lm.input_ids[n].tolist(), int(batch.lm.attention_mask[n].sum())
-        audio = [CODEBOOK_0 + code for code in codes]
-        asked = length - (1 + len(audio) + 1 + 1 + len(answer) + 1)
-        question = ids[2 + len(audio) : 2 + len(audio) + asked]
-        wordings.add(TEXT.decode(question))
-        sequence = [vocabulary.audio_begin, *audio, vocabulary.audio_end, *question, vocabulary.answer]
-        assert ids[:length] == [*sequence, *answer, vocabulary.end]
-        padding = len(ids) - length
-        assert ids[length:] == [vocabulary.pad] * padding
-        assert batch.lm.attention_mask[n].tolist() == [1] * length + [0] * padding
-        prompt = [IGNORE_INDEX] * len(sequence)
-        assert batch.lm.labels[n].tolist() == [*prompt, *answer, vocabulary.end, *[IGNORE_INDEX] * padding]
-        listening = [False] + [True] * (len(audio) + 1)  # the codes, and the end of them
-        assert batch.audio_mask[n].tolist() == listening + [False] * (len(ids) - len(listening))
-    assert wordings <= set(TASKS["transcribe"].wordings)
-    words = [TEXT.encode("Two dogs run."), TEXT.encode("A  boy "), []]
-    assert batch.transcript_lengths.tolist() == [len(w) for w in words]
-    assert batch.transcripts.tolist() == [w + [0] * (len(words[0]) - len(w)) for w in words]
-    assert mixture.lengths[indices[0]] == len(dogs) + len(words[0]) + 12
+def test_exact_batch(
+    rows: Dataset, vocabulary: Vocabulary, dogs: list[int], boy: list[int], silence: list[int], row_length: int
+) -> None:
+    mixture = make(rows, "transcribe", vocabulary=vocabulary)
+    batch = mixture.batch(draws_of(mixture, "transcribe", "boy", "dogs", "silence"), row_length, Random(7))
+    shapes = {getattr(batch.lm, name).shape for name in ("input_ids", "labels", "attention_mask", "position_ids")}
+    assert shapes == {batch.audio_mask.shape}
+    assert len(batch.lm.input_ids) == {1: 3, 40: 2, 1000: 1}[row_length]
+
+    answers = {tuple(dogs): "Two dogs run.", tuple(boy): "A  boy ", tuple(silence): ""}
+    found = sequences(batch)
+    for n, (ids, labels, listening) in enumerate(found):
+        codes = [index - CODEBOOK_0 for index in ids[1 : 1 + sum(listening) - 1]]
+        words = TEXT.encode(answers.pop(tuple(codes)))
+        answer = [*TEXT.encode(" ".join(TEXT.decode(words).split())), vocabulary.end]
+        question = ids[2 + len(codes) : -1 - len(answer)]
+        assert TEXT.decode(question) in TASKS["transcribe"].wordings
+        audio = [vocabulary.audio_begin, *(CODEBOOK_0 + code for code in codes), vocabulary.audio_end]
+        assert ids == [*audio, *question, vocabulary.answer, *answer]
+        assert labels == [IGNORE_INDEX] * (len(ids) - len(answer)) + answer
+        assert listening == [False] + [True] * (len(codes) + 1) + [False] * (len(ids) - len(codes) - 2)
+        assert batch.audio_lengths[n] == len(codes) + 1  # the codes, and the end of them
+        assert batch.transcript_lengths[n] == len(words)
+        assert batch.transcripts[n].tolist() == words + [0] * (batch.transcripts.shape[1] - len(words))
+        assert batch.tasks[n] == "transcribe"
+    assert not answers, "every draw once"
+    assert len(found) == len(batch.tasks) == 3
 
 
 def test_a_batch_follows_from_the_random_state(rows: Dataset) -> None:
-    mixture = make(rows, {"transcribe": 1, "translate_de": 1}, noise=0.5)
-    first, second, other = (mixture.batch([0, 1, 2, 0], Random(seed)) for seed in ("a", "a", "b"))
-    assert torch.equal(first.lm.input_ids, second.lm.input_ids)
-    assert torch.equal(first.lm.labels, second.lm.labels)
-    assert first.lm.input_ids.shape != other.lm.input_ids.shape or not torch.equal(
-        first.lm.input_ids, other.lm.input_ids
-    )
+    mixture = make(rows, "transcribe", noise=CodeNoise(0.3, 0.3))
+    draws = draws_of(mixture, "transcribe", "dogs", "boy", "silence", "dogs")
+    first, second, other = (mixture.batch(draws, 80, Random(seed)) for seed in ("a", "a", "b"))
+    assert sequences(first) == sequences(second) != sequences(other)
+    packed = mixture.batch(draws, 10_000, Random("a"))
+    assert len(packed.lm.input_ids) == 1 < len(first.lm.input_ids)
+    assert sorted(sequences(packed)) == sorted(sequences(first)), "packing changes no sequence"
+    wordings = {mixture.example(draws[0], Random(seed)).instruction for seed in range(400)}
+    assert wordings == set(TASKS["transcribe"].wordings)
+    assert mixture.example(draws[0], Random(1), ("Now!",)).instruction == "Now!"
 
 
-def test_shares_and_wordings(rows: Dataset) -> None:
-    mixture, draws = make(rows, {"transcribe": 3, "translate_de": 1}), 3000
-    rng, dogs = Random(0), index_of(mixture, "dogs")
-    examples = [mixture.example(dogs, rng) for _ in range(draws)]
-    tasks = Counter(example.task for example in examples)
-    assert tasks["transcribe"] / draws == pytest.approx(0.75, abs=0.03)
-    assert tasks.keys() == {"transcribe", "translate_de"}
-    for example in examples:
-        assert example.task
-        assert example.instruction in TASKS[example.task].wordings
-    assert {e.instruction for e in examples if e.task == "transcribe"} == set(TASKS["transcribe"].wordings)
-    assert {e.answer for e in examples if e.task == "translate_de"} == {("Zwei Hunde rennen.",)}
-    assert {(e.language, e.speaker) for e in examples} == {("en", "ann")}
-    boy = index_of(mixture, "boy")
-    assert {mixture.example(boy, rng).task for _ in range(50)} == {"transcribe"}  # nothing else is known of it
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 60))
+def test_packing_fills_rows_and_loses_nothing(lengths: list[int], row_length: int) -> None:
+    rows = pack(lengths, row_length)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    for row in [*rows, [row[0] for row in rows]]:
+        assert [lengths[index] for index in row] == sorted((lengths[index] for index in row), reverse=True)
+    fills = [sum(lengths[index] for index in row) for row in rows]
+    for row, fill in zip(rows, fills, strict=True):
+        assert fill <= row_length or len(row) == 1
+    short = [fill for fill in fills if fill <= row_length]
+    assert sum(2 * fill <= row_length for fill in short) <= 1, "two rows that are half empty would have been one"
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.1, 0.5])
-def test_code_noise_changes_its_share_of_frames(noise: float) -> None:
-    frames = 500
-    clip = [[n % 16 for n in range(frames)], [n % 7 for n in range(frames)]]
-    mixture = make(Dataset.from_list([row("clip", clip, "A.")], features=FEATURES), {"transcribe": 1}, noise=noise)
-    clean, rng = torch.tensor(clip), Random(1)
-    changed = torch.stack([mixture.example(0, rng).codes != clean for _ in range(40)])  # [40, n_q, frames]
-    share = changed.any(1).float().mean().item()
-    assert share == pytest.approx(noise * (1 - 1 / 16**2), abs=0.02)
-    if noise:
+def test_code_noise_changes_its_share_of_frames() -> None:
+    frames, card = 400, 16
+    clean = torch.stack([torch.arange(frames) % card, torch.arange(frames) % 7])
+    kept = clean.clone()
+    assert torch.equal(CodeNoise()(clean, card, Random(1)), clean)
+    for replaced, masked in ((0.1, 0.0), (0.5, 0.0), (0.0, 0.15), (0.0, 0.5), (0.2, 0.3)):
+        noise = CodeNoise(replaced, masked)
+        noisy = torch.stack([noise(clean, card, Random(seed)) for seed in range(100)])  # [100, n_q, frames]
+        hidden = noisy == Vocabulary.MASKED
+        assert torch.equal(hidden[:, 0], hidden[:, 1]), "a frame is hidden in all its codebooks"
+        assert hidden.float().mean().item() == pytest.approx(masked, abs=0.02)
+        # as much at the ends of the clip as in its middle
+        assert hidden[:, :, [*range(10), *range(-10, 0)]].float().mean().item() == pytest.approx(masked, abs=0.07)
+        changed = (noisy != clean) & ~hidden
+        share = changed.any(1).float().mean().item()
+        assert share == pytest.approx(replaced * (1 - masked) * (1 - 1 / card**2), abs=0.01)
         both = changed.all(1).float().mean().item()  # a frame that is hit changes in all its codebooks
-        assert both == pytest.approx(noise * (15 / 16) ** 2, abs=0.02)
-        assert changed.any(1).float().mean(1).std() > 0  # another share in every draw
-    else:
-        assert share == 0
-    assert torch.equal(mixture.codes[0].long(), clean)
+        assert both == pytest.approx(replaced * (1 - masked) * (1 - 1 / card) ** 2, abs=0.01)
+        assert ((noisy >= 0) & (noisy < card) | hidden).all()
+        assert torch.equal(noise(clean, card, Random(5)), noisy[5])
+        assert not torch.equal(noisy[4], noisy[5])
+    edges = np.diff(np.pad(hidden[:, 0].int().numpy(), ((0, 0), (1, 1))))
+    spans = np.argwhere(edges == -1)[:, 1] - np.argwhere(edges == 1)[:, 1]
+    assert spans.max() > CodeNoise.MAX_SPAN > spans.mean() > 4, "spans, some of which meet"
+    briefly = torch.stack([CodeNoise(0.0, 0.5)(clean[:, :15], card, Random(seed)) for seed in range(800)])
+    assert (briefly == Vocabulary.MASKED).float().mean().item() == pytest.approx(0.5, abs=0.03)
+    assert torch.equal(clean, kept)
+    assert CodeNoise(0.5, 0.5)(clean[:, :0], card, Random(0)).shape == (2, 0)
 
 
 def test_folders_that_are_no_encoded_corpus(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """The training losses, against Hugging Face's and PyTorch's own on the same batch."""
 
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from speechllm.data.encoded import write_facts
-from speechllm.data.mixture import Mixture, TrainingBatch
+from speechllm.data.mixture import Draw, Mixture, TrainingBatch
 from speechllm.model import ModelConfig, make_model
 from speechllm.prompt import IGNORE_INDEX, Batch
 from speechllm.tasks import Facts
@@ -38,29 +39,19 @@ def mixture() -> Mixture:
         }
         for n, (frames, text) in enumerate(CLIPS)
     ]  # fmt: skip
-    return Mixture(Dataset.from_list(rows, features=FEATURES), VOCABULARY, TEXT, {"transcribe": 1})
+    return Mixture({"made": Dataset.from_list(rows, features=FEATURES)}, VOCABULARY, TEXT, ["transcribe"])
 
 
-def batch_of(mixture: Mixture, *indices: int) -> TrainingBatch:
-    """One clip's sequence is the same in every batch: it has a random state of its own."""
-    singles = [mixture.batch([i], Random(i)) for i in indices]
-    longest = max(s.lm.input_ids.shape[1] for s in singles)
-    pieces = max(s.transcripts.shape[1] for s in singles)
+class First(Random):
+    """Chooses what comes first, so that a clip's sequence is the same in every batch."""
 
-    def stack(values: Sequence[Tensor], size: int, fill: int) -> Tensor:
-        return torch.cat([F.pad(v, (0, size - v.shape[1]), value=fill) for v in values])
+    def choice(self, seq: Any) -> Any:
+        return seq[0]
 
-    lm = Batch(
-        stack([s.lm.input_ids for s in singles], longest, VOCABULARY.pad),
-        stack([s.lm.labels for s in singles], longest, IGNORE_INDEX),
-        stack([s.lm.attention_mask for s in singles], longest, 0),
-    )
-    return TrainingBatch(
-        lm,
-        stack([s.audio_mask for s in singles], longest, 0),
-        stack([s.transcripts for s in singles], pieces, 0),
-        torch.cat([s.transcript_lengths for s in singles]),
-    )
+
+def batch_of(mixture: Mixture, *indices: int, row_length: int = 1) -> TrainingBatch:
+    """Sequences of the clips, the longest first: one in a row unless rows are longer than 1."""
+    return mixture.batch([Draw("transcribe", index) for index in indices], row_length, First())
 
 
 def pad_more(batch: TrainingBatch, columns: int) -> TrainingBatch:
@@ -68,8 +59,9 @@ def pad_more(batch: TrainingBatch, columns: int) -> TrainingBatch:
         F.pad(batch.lm.input_ids, (0, columns), value=VOCABULARY.pad),
         F.pad(batch.lm.labels, (0, columns), value=IGNORE_INDEX),
         F.pad(batch.lm.attention_mask, (0, columns)),
+        F.pad(batch.lm.position_ids, (0, columns)),
     )
-    return TrainingBatch(lm, F.pad(batch.audio_mask, (0, columns)), batch.transcripts, batch.transcript_lengths)
+    return replace(batch, lm=lm, audio_mask=F.pad(batch.audio_mask, (0, columns)))
 
 
 @pytest.fixture
@@ -110,12 +102,24 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(lm: PreTrainedModel, mixture:
     assert torch.equal(plain["answer"], losses["answer"])
 
 
-def test_neighbours_and_padding_change_no_loss(lm: PreTrainedModel, mixture: Mixture) -> None:
+def test_neighbours_padding_and_packing_change_no_loss(lm: PreTrainedModel, mixture: Mixture) -> None:
     objective = make(lm)
     together = batch_of(mixture, 0, 1, 2, 3)
-    whole, padded = objective(together), objective(pad_more(together, 13))
-    for name in ("answer", "ctc", "aux", "loss"):
-        assert padded[name].item() == pytest.approx(whole[name].item(), abs=1e-5)
+    packed = [batch_of(mixture, 0, 1, 2, 3, row_length=length) for length in (80, 1000)]
+    assert [len(batch.lm.input_ids) for batch in (together, *packed)] == [4, 2, 1]
+    whole = objective(together)
+    whole["loss"].backward()
+    gradients = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
+    assert len(gradients) > 20
+    for other in (pad_more(together, 13), *packed):
+        objective.zero_grad()
+        losses = objective(other)
+        for name in ("answer", "ctc", "aux", "loss"):
+            assert losses[name].item() == pytest.approx(whole[name].item(), abs=1e-5)
+        losses["loss"].backward()
+        for name, parameter in objective.named_parameters():
+            assert parameter.grad is not None
+            assert torch.allclose(parameter.grad, gradients[name], atol=1e-5), name
 
     answer = ctc = 0.0
     for index in range(4):
@@ -128,13 +132,38 @@ def test_neighbours_and_padding_change_no_loss(lm: PreTrainedModel, mixture: Mix
     assert whole["ctc"].item() == pytest.approx(ctc / int(together.transcript_lengths.sum()), rel=1e-5)
 
 
+@torch.inference_mode()
+def test_no_sequence_of_a_row_sees_another(lm: PreTrainedModel, mixture: Mixture) -> None:
+    def hidden(batch: Batch) -> Tensor:
+        return lm.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)[0]
+
+    row, other = batch_of(mixture, 0, 2, 1, row_length=1000).lm, batch_of(mixture, 0, 2, 3).lm
+    assert len(row.input_ids) == 1 and row.attention_mask.all()
+    packed = hidden(row)[0]
+    starts = [n for n, position in enumerate(row.position_ids[0].tolist()) if position == 0]
+    assert len(starts) == 3
+    for index, start, end in zip((0, 2, 1), starts, [*starts[1:], len(packed)], strict=True):
+        alone = batch_of(mixture, index).lm
+        assert torch.equal(alone.input_ids[0], row.input_ids[0, start:end])
+        assert torch.allclose(packed[start:end], hidden(alone)[0], atol=1e-5)
+        changed = row.input_ids.clone()  # all but this one
+        changed[0, :start] = torch.arange(start)
+        changed[0, end:] = torch.arange(len(packed) - end)
+        assert torch.allclose(hidden(replace(row, input_ids=changed))[0, start:end], packed[start:end], atol=1e-6)
+    # rows of another length, some padded, next to it: as above
+    assert torch.allclose(hidden(other)[0, : starts[1]], packed[: starts[1]], atol=1e-5)
+    # that the positions do it: were they to run on, neighbours would be seen
+    running = replace(row, position_ids=torch.arange(len(packed))[None])
+    assert not torch.allclose(hidden(running)[0, starts[1] :], packed[starts[1] :], atol=1e-2)
+
+
 def test_ctc_by_hand(lm: PreTrainedModel, mixture: Mixture) -> None:
     """Codes and the end-of-audio id are heard; symbol 0 is the blank, text piece p is symbol p + 1."""
     objective, batch = make(lm, ctc_layer=2), batch_of(mixture, 1, 0)
-    hidden = lm.model(batch.lm.input_ids, output_hidden_states=True).hidden_states[2]
     total = torch.zeros(())
-    for row, (frames, text) in enumerate((CLIPS[1], CLIPS[0])):
-        heard = hidden[row, 1 : 1 + frames + 1]
+    for row, (frames, text) in enumerate((CLIPS[0], CLIPS[1])):
+        hidden = lm.model(batch.lm.input_ids[row : row + 1], output_hidden_states=True).hidden_states[2]
+        heard = hidden[0, 1 : 1 + frames + 1]
         log_probs = objective.ctc_head(heard).log_softmax(-1)
         target = torch.tensor(TEXT.encode(text)) + 1
         total = total + F.ctc_loss(
@@ -147,7 +176,7 @@ def test_ctc_by_hand(lm: PreTrainedModel, mixture: Mixture) -> None:
 def test_ctc_stays_finite_when_the_words_do_not_fit_the_audio(lm: PreTrainedModel, mixture: Mixture) -> None:
     batch = batch_of(mixture, 1)
     long = torch.arange(1, 60)[None]
-    crowded = TrainingBatch(batch.lm, batch.audio_mask, long, torch.tensor([59]))
+    crowded = replace(batch, transcripts=long, transcript_lengths=torch.tensor([59]))
     losses = make(lm)(crowded)
     assert losses["ctc"].item() == 0
     losses["loss"].backward()

@@ -23,7 +23,7 @@ def checkpoint(pretrained: Path) -> Checkpoint:
 
 def test_encoded_rows_are_the_codes_of_the_clips(corpus: Path, pretrain_settings: dict[str, Any]) -> None:
     codec = load_codec(pretrain_settings["codec"])
-    rows = {row["id"]: row for row in read_encoded(pretrain_settings["corpora"], "train", codec)}
+    rows = {row["id"]: row for row in read_encoded([*pretrain_settings["corpora"]], "train", codec)}
     items = read_corpus([corpus / "manifest.jsonl"], "train")
     assert rows.keys() == {item.utterance.id for item in items}
     for item in items:
@@ -37,7 +37,7 @@ def test_the_checkpoint_holds_the_codec_the_corpus_was_encoded_with(
     checkpoint: Checkpoint, pretrain_settings: dict[str, Any]
 ) -> None:
     assert checkpoint.codec.fingerprint(1) == load_codec(pretrain_settings["codec"]).fingerprint(1)
-    read_encoded(pretrain_settings["corpora"], "train", checkpoint.codec)
+    read_encoded([*pretrain_settings["corpora"]], "train", checkpoint.codec)
 
 
 def test_answers_about_clips(checkpoint: Checkpoint, corpus: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_program, write_yaml
+from conftest import ROOT, run_program, write_yaml
 
 from speechllm.checkpoint import load_checkpoint
 from speechllm.errors import InputError
@@ -17,8 +17,10 @@ from train.config import read_config
 from train.log import MetricLog, read_metrics
 from train.pretrain_config import Pretraining
 
-# Starts the command as the shell would, but has SIGTERM arrive within the step that is the last argument.
+# Starts the command as the shell would, but has SIGTERM arrive within the step that is the last argument, in all
+# processes of its group, as ``timeout`` sends it.
 STOPPED = """
+import os
 import signal
 import sys
 
@@ -26,11 +28,12 @@ from train import pretrain
 
 train_step = pretrain.Trainer.train_step
 stop_at = int(sys.argv.pop())
+os.setpgid(0, 0)
 
 
 def step_with_signal(trainer, step, batch):
     if step == stop_at:
-        signal.raise_signal(signal.SIGTERM)
+        os.killpg(0, signal.SIGTERM)
     return train_step(trainer, step, batch)
 
 
@@ -44,31 +47,36 @@ import json
 from speechllm.codec.base import hash_tensors
 from train import pretrain
 
-run = pretrain.Trainer.run
+run, train_step = pretrain.Trainer.run, pretrain.Trainer.train_step
+batches = []
+
+
+def noted_step(trainer, step, batch):
+    batches.append(batch.lm.input_ids.tolist())
+    return train_step(trainer, step, batch)
 
 
 def run_and_note(trainer):
-    first = trainer.batch(0).lm.input_ids.tolist()
     finished = run(trainer)
     note = {
         "finished": finished,
         "step": trainer.step,
         "world": trainer.world,
         "weights": hash_tensors(trainer.lm.state_dict()),
-        "first": first,
+        "batches": batches,
     }
     (trainer.config.out / f"rank-{trainer.rank}.json").write_text(json.dumps(note))
     return finished
 
 
-pretrain.Trainer.run = run_and_note
+pretrain.Trainer.run, pretrain.Trainer.train_step = run_and_note, noted_step
 pretrain.main()
 """
 
 
 def records(out: Path) -> list[dict[str, float]]:
     """What was logged, without what the clock has a part in."""
-    clock = ("seconds", "tokens_per_second")
+    clock = ("seconds", "tokens_per_second", "loader_tokens_per_second", "waiting")
     return [{k: v for k, v in r.items() if k not in clock} for r in read_metrics(out / "metrics.jsonl")]
 
 
@@ -78,36 +86,43 @@ def weights_of(out: Path) -> dict[str, torch.Tensor]:
 
 def test_a_run_logs_and_saves(pretrained: Path) -> None:
     found = records(pretrained)
-    assert [r["step"] for r in found if "loss" in r] == [2, 4, 6, 8, 10]
+    assert [r["step"] for r in found if "loss" in r] == [*range(4, 57, 4)]
     for r in (r for r in found if "loss" in r):
         assert r["loss"] == pytest.approx(r["answer"] + 0.01 * r["aux"] + 0.3 * r["ctc"], abs=2e-6)
-        assert 0 < r["idlest_expert"] < 0.25 < r["busiest_expert"] < 1
+        assert 0 <= r["idlest_expert"] < 0.25 < r["busiest_expert"] <= 0.5
+        assert 0 <= r["padding"] < 0.5
+    assert any(r["padding"] for r in found if "loss" in r)
     rates = [r["learning_rate"] for r in found if "loss" in r]
-    assert rates[:2] == pytest.approx([2e-3 * (1 + 2) / 4 / 2, 2e-3 * (3 + 4) / 4 / 2])  # means of the warm-up's steps
-    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[0] == pytest.approx(2e-3 * (1 + 2 + 3 + 4) / 4 / 4)  # mean of the warm-up's steps
+    assert rates[1:] == sorted(rates[1:], reverse=True)
     (scores,) = (r for r in found if "loss_transcribe_dev" in r)
-    assert scores["step"] == 10
+    assert scores["step"] == 56
     assert scores.keys() == {"step"} | {
         f"{name}_dev" for name in ("loss_transcribe", "gap_transcribe", "wer_transcribe")
     } | {f"{name}_dev" for name in ("loss_translate_de", "gap_translate_de", "bleu_translate_de")}
     assert (pretrained / "training.png").stat().st_size > 1000
+    shares = json.loads((pretrained / "shares.json").read_text())
+    assert shares.keys() == {"transcribe", "translate_de"}
+    assert 0 < shares["translate_de"]["realised"] < 0.2, "from step 50 on"
+    assert sum(share["realised"] for share in shares.values()) == pytest.approx(1)
     checkpoint = load_checkpoint(pretrained / "checkpoint")
     assert checkpoint.vocabulary.merge_repeats
     assert checkpoint.settings.max_answer_tokens == 6
     assert all(value.isfinite().all() for value in checkpoint.lm.state_dict().values())
-    assert [path.name for path in (pretrained / "state").glob("step-*")] == ["step-10"]
+    assert [path.name for path in (pretrained / "state").glob("step-*")] == ["step-56"]
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     pretrained: Path, pretrain_settings: dict[str, Any], tmp_path: Path
 ) -> None:
+    """Stopped in the midst of what is planned together, just after a task has come in."""
     out = tmp_path / "run"
     config = write_yaml(tmp_path / "pretrain.yaml", pretrain_settings | {"out": out})
-    stopped = run_program("python", "-c", STOPPED, "--config", config, 3)
+    stopped = run_program("python", "-c", STOPPED, "--config", config, 51)
     assert stopped.returncode != 0
-    assert "stopped after step 4; go on with --resume" in stopped.stderr
+    assert "stopped after step 52; go on with --resume" in stopped.stderr
     assert "Traceback" not in stopped.stderr
-    assert [r["step"] for r in records(out)] == [2, 4]
+    assert [r["step"] for r in records(out)] == [*range(4, 53, 4)]
     assert any(not torch.equal(value, weights_of(pretrained)[name]) for name, value in weights_of(out).items())
 
     resumed = run_program("python", "train/pretrain.py", "--config", config, "--resume")
@@ -118,7 +133,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
 
 def test_two_processes_end_with_the_same_weights(pretrain_settings: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    settings = pretrain_settings | {"out": out, "steps": 4, "evaluate_every": 4, "zero_stage": 1}
+    settings = pretrain_settings | {"out": out, "steps": 4, "log_every": 2, "evaluate_every": 4, "zero_stage": 1}
     config = write_yaml(tmp_path / "pretrain.yaml", settings)
     (tmp_path / "observed.py").write_text(OBSERVED)
     with socket.socket() as free:
@@ -131,7 +146,8 @@ def test_two_processes_end_with_the_same_weights(pretrain_settings: dict[str, An
     assert first["finished"] and second["finished"]
     assert (first["step"], first["world"]) == (second["step"], second["world"]) == (4, 2)
     assert first["weights"] == second["weights"]
-    assert first["first"] != second["first"]
+    assert len(first["batches"]) == 4
+    assert all(batch not in second["batches"] for batch in first["batches"])
     assert [r["step"] for r in records(out)] == [2, 4, 4]
     assert load_checkpoint(out / "checkpoint").lm.config.num_local_experts == 4
 
@@ -176,9 +192,16 @@ def test_a_second_run_in_the_same_folder_is_refused(
         ({"model": {"top_k": 9}}, "model: Value error, top_k = 9 exceeds num_experts = 8"),
         ({"ctc_layer": 3}, "ctc_layer = 3 exceeds model.num_layers = 2"),
         ({"codec": "nowhere"}, "nowhere: not a codec folder"),
-        ({"corpora": ["nowhere"]}, "nowhere: not an encoded corpus"),
-        ({"max_audio_seconds": 0.01}, "no utterance of up to max_audio_seconds = 0.01 has an answer for transcribe"),
-        ({"n_q": 2, "merge_repeats": False}, "encoded with 1 codebooks, 2 are asked for"),
+        ({"corpora": {"nowhere": 1}}, "nowhere: not an encoded corpus"),
+        ({"corpora": {"somewhere": 0}}, "corpora.somewhere: Input should be greater than 0"),
+        ({"max_audio_seconds": 0.01}, "max_audio_seconds = 0.01 has an answer for transcribe, translate_de: leave it"),
+        ({"tasks": {"transcribe": 1, "emotion": 1}, "curriculum": {}}, "has an answer for emotion: leave it out"),
+        ({"curriculum": {"diarize": 5}}, "curriculum: diarize not among the tasks"),
+        ({"curriculum": {"transcribe": 5, "translate_de": 9}}, "curriculum: no task to begin with"),
+        ({"seed": -1}, "seed: "),
+        ({"max_answer_tokens": 200}, "make sequences of 700 ids; model.max_positions = 512: raise it"),
+        ({"start_from": "nowhere"}, "start_from: nowhere: not a checkpoint folder"),
+        ({"n_q": 2, "merge_repeats": False, "max_audio_seconds": 8}, "encoded with 1 codebooks, 2 are asked for"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -194,6 +217,33 @@ def test_wrong_settings_are_named(
     error = run_here(monkeypatch, capsys, "--config", write_yaml(tmp_path / "pretrain.yaml", settings))
     assert message in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_may_start_from_an_earlier_one(
+    pretrained: Path,
+    pretrain_settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Here one of other tasks and without merging; the model is looked at before the first step."""
+    models: list[Any] = []
+
+    def caught(model: torch.nn.Module, **_: object) -> None:
+        models.append(model)
+        raise InputError("seen")
+
+    monkeypatch.setattr(pretrain.deepspeed, "initialize", caught)
+    changes = {"tasks": {"transcribe": 1, "translate_text_de": 1}, "curriculum": {}, "merge_repeats": False}
+    settings = pretrain_settings | changes | {"out": tmp_path / "run", "start_from": pretrained / "checkpoint"}
+    assert run_here(monkeypatch, capsys, "--config", write_yaml(tmp_path / "p.yaml", settings)) == "error: seen"
+    weights = models[0].lm.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in weights_of(pretrained).items())
+
+
+def test_the_shipped_configs_are_valid() -> None:
+    configs = [read_config(path, Pretraining) for path in (ROOT / "train" / "configs").glob("tiny*.yaml")]
+    assert any("diarize" in config.tasks for config in configs)
 
 
 def test_config_files_that_are_none(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """One renderer: what is served is the beginning of what is trained."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -96,19 +96,35 @@ def test_what_cannot_be_rendered() -> None:
 
 def test_batch_is_padded_on_the_right() -> None:
     long, short = render(EXAMPLE, VOCABULARY, TEXT, SHOTS), render(SHOTS[0], VOCABULARY, TEXT)
-    batch = collate([long, short], VOCABULARY.pad, max_len=len(long.ids))
+    batch = collate([[long], [short]], VOCABULARY.pad, max_len=len(long.ids))
     padding = len(long.ids) - len(short.ids)
     assert padding > 0
     assert batch.input_ids.tolist() == [long.ids.tolist(), short.ids.tolist() + [VOCABULARY.pad] * padding]
     assert batch.labels.tolist() == [labels(long).tolist(), labels(short).tolist() + [IGNORE_INDEX] * padding]
     assert batch.attention_mask.tolist() == [[1] * len(long.ids), [1] * len(short.ids) + [0] * padding]
-    assert {tensor.dtype for tensor in (batch.input_ids, batch.labels, batch.attention_mask)} == {torch.int64}
+    assert batch.position_ids.tolist() == [list(range(len(long.ids))), [*range(len(short.ids)), *[0] * padding]]
+    assert {getattr(batch, field.name).dtype for field in fields(batch)} == {torch.int64}
+
+
+def test_sequences_of_a_row_follow_one_another_and_are_counted_anew() -> None:
+    long, short = render(EXAMPLE, VOCABULARY, TEXT), render(SHOTS[0], VOCABULARY, TEXT)
+    whole = torch.cat([long.ids, short.ids]).tolist()
+    batch = collate([[long, short], [short]], VOCABULARY.pad, max_len=len(whole))
+    padding = len(long.ids)
+    assert batch.input_ids.tolist() == [whole, short.ids.tolist() + [VOCABULARY.pad] * padding]
+    both = labels(long).tolist() + labels(short).tolist()
+    assert batch.labels.tolist() == [both, labels(short).tolist() + [IGNORE_INDEX] * padding]
+    assert batch.attention_mask.tolist() == [[1] * len(whole), [1] * len(short.ids) + [0] * padding]
+    positions = [*range(len(long.ids)), *range(len(short.ids))]
+    assert batch.position_ids.tolist() == [positions, [*range(len(short.ids)), *[0] * padding]]
+    with pytest.raises(InputError, match=f"{len(whole)} ids exceeds max_len"):
+        collate([[short], [long, short]], VOCABULARY.pad, max_len=len(whole) - 1)
 
 
 def test_nothing_is_cut_to_fit() -> None:
     rendered = render(EXAMPLE, VOCABULARY, TEXT)
     with pytest.raises(InputError, match="max_len"):
-        collate([rendered], VOCABULARY.pad, max_len=len(rendered.ids) - 1)
+        collate([[rendered]], VOCABULARY.pad, max_len=len(rendered.ids) - 1)
     with pytest.raises(ValueError, match="empty"):
         collate([], VOCABULARY.pad)
 

@@ -19,6 +19,12 @@ def test_words() -> None:
     assert found == {"wer": 50.0, "malformed": 100.0}
 
 
+def test_words_invented_where_nobody_speaks_do_not_count_among_the_others() -> None:
+    found = scores("transcribe", [("A dog runs.",), (), ()], [("a hat runs",), ("and",), ()])
+    assert found == {"wer": pytest.approx(100 / 3), "invented": 50.0}
+    assert scores("translate_fr", [(), ()], [("un",), ()]) == {"invented": 50.0}
+
+
 def test_labels() -> None:
     true: list[Parts] = [("angry",), ("angry",), ("angry",), ("sad",)]
     said: list[Parts] = [("angry",), ("sad",), ("banana",), ("Sad.",)]

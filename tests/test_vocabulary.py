@@ -1,6 +1,8 @@
 """The layout of ids and its arithmetic."""
 
 import json
+from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -13,15 +15,19 @@ from speechllm.vocabulary import Vocabulary
 
 TWO = Vocabulary(text_size=100, n_q=2, card=8)
 ONE = Vocabulary(text_size=100, n_q=1, card=8)
+THREE = Vocabulary(text_size=100, n_q=3, card=8)
 MERGED = Vocabulary(text_size=100, n_q=1, card=8, merge_repeats=True)
 
 
 @st.composite
 def layouts_and_codes(draw: st.DrawFn) -> tuple[Vocabulary, Tensor]:
+    """Any layout without merging, and codes for it, some of them masked."""
     n_q, card, frames = draw(st.integers(1, 4)), draw(st.integers(1, 9)), draw(st.integers(0, 12))
-    row = st.lists(st.integers(0, card - 1), min_size=frames, max_size=frames)
+    row = st.lists(st.integers(Vocabulary.MASKED, card - 1), min_size=frames, max_size=frames)
     codes = draw(st.lists(row, min_size=n_q, max_size=n_q))
-    return Vocabulary(draw(st.integers(1, 50)), n_q, card), torch.tensor(codes, dtype=torch.int64).reshape(n_q, frames)
+    times, stride = draw(st.integers(0, 3)), draw(st.integers(1, 5))
+    vocabulary = Vocabulary(draw(st.integers(1, 50)), n_q, card, times=times, acoustic_stride=stride)
+    return vocabulary, torch.tensor(codes, dtype=torch.int64).reshape(n_q, frames)
 
 
 def test_layout_is_text_then_controls_then_codebooks() -> None:
@@ -29,7 +35,7 @@ def test_layout_is_text_then_controls_then_codebooks() -> None:
     assert (TWO.pad, TWO.audio_begin, TWO.audio_end, TWO.answer, TWO.end) == (100, 101, 102, 103, 104)
     ids = torch.arange(-1, TWO.size + 1)
     assert ids[TWO.is_text(ids)].tolist() == list(range(100))
-    assert ids[TWO.is_audio(ids)].tolist() == list(range(132, 148))
+    assert ids[TWO.is_audio(ids)].tolist() == [TWO.mask, *range(132, 148)]
 
 
 def test_frames_are_interleaved_codebook_by_codebook() -> None:
@@ -40,15 +46,64 @@ def test_frames_are_interleaved_codebook_by_codebook() -> None:
     assert TWO.codes(ids).tolist() == codes.tolist()
 
 
+def test_acoustic_codes_are_written_on_one_frame_of_so_many() -> None:
+    slow = replace(THREE, acoustic_stride=3)
+    codes = torch.tensor([[0, 1, 2, 3, 4], [5, 0, 0, 6, 0], [7, 0, 0, 1, 0]])
+    first, second, third = 132, 140, 148
+    ids = [first + 0, second + 5, third + 7, first + 1, first + 2, first + 3, second + 6, third + 1, first + 4]
+    assert slow.audio_ids(codes).tolist() == ids
+    assert slow.codes(torch.tensor(ids)).tolist() == [[0, 1, 2, 3, 4], [5, 5, 5, 6, 6], [7, 7, 7, 1, 1]]
+    assert slow.size == THREE.size
+    for wrong in (ids[:2], ids[:7], ids[:1] + ids[3:]):
+        with pytest.raises(ValueError, match=r"audio ids must be|codebook whose turn"):
+            slow.codes(torch.tensor(wrong))
+    one = replace(ONE, acoustic_stride=3)  # nothing to leave out
+    assert one.audio_ids(codes[:1]).tolist() == ONE.audio_ids(codes[:1]).tolist()
+
+
+def test_masked_codes_are_one_id() -> None:
+    assert TWO.mask == 113
+    codes = torch.tensor([[0, -1, 7], [2, -1, -1]])
+    assert TWO.audio_ids(codes).tolist() == [132, 142, 113, 113, 139, 113]
+    assert TWO.codes(TWO.audio_ids(codes)).tolist() == codes.tolist()
+    assert bool(TWO.is_audio(TWO.audio_ids(codes)).all())
+    assert not bool(TWO.is_mark(torch.tensor([TWO.mask])))
+    assert MERGED.audio_ids(torch.tensor([[3, -1, -1, 3]])).tolist() == [135, 113, 135]
+
+
 @settings(deadline=None)
 @given(layouts_and_codes())
 def test_flattening_is_reversible(case: tuple[Vocabulary, Tensor]) -> None:
+    """But for what the stride leaves out, which reads as on the last frame that was written."""
     vocabulary, codes = case
+    n_q, frames = codes.shape
     ids = vocabulary.audio_ids(codes)
-    assert ids.shape == (codes.numel(),)
+    written = range(0, frames, vocabulary.acoustic_stride)
+    assert ids.shape == (frames + len(written) * (n_q - 1),)
     assert bool(vocabulary.is_audio(ids).all())
-    assert not bool(vocabulary.is_text(ids).any())
-    assert torch.equal(vocabulary.codes(ids), codes)
+    assert not bool((vocabulary.is_text(ids) | vocabulary.is_mark(ids)).any())
+    held = codes.clone()
+    for frame in range(frames):
+        held[1:, frame] = codes[1:, frame - frame % vocabulary.acoustic_stride]
+    assert torch.equal(vocabulary.codes(ids), held)
+
+
+def meaning(vocabulary: Vocabulary, index: int) -> object:
+    """What an id stands for, in whatever layout."""
+    if index < vocabulary.text_size + vocabulary.num_controls:
+        return index
+    if (seconds := vocabulary.seconds_of(index)) is not None:
+        return "time", seconds
+    return divmod(index - (vocabulary.size - vocabulary.n_q * vocabulary.card), vocabulary.card)  # codebook, code
+
+
+def test_shared_ids_mean_the_same() -> None:
+    layouts = [Vocabulary(10, n_q, 4, times=times) for n_q, times in product((1, 2, 3), (0, 3, 5))]
+    for here, there in product(layouts, layouts):
+        mine, theirs = (ids.tolist() for ids in here.shared_ids(there))
+        assert [meaning(here, i) for i in mine] == [meaning(there, i) for i in theirs]
+        known, wanted = ({meaning(v, i) for i in range(v.size)} for v in (here, there))
+        assert len(mine) == len(set(mine)) == len(known & wanted)  # each once, and all there are
 
 
 def test_int16_codes_from_disk_give_the_same_ids() -> None:
@@ -74,7 +129,7 @@ def test_merging_needs_one_codebook() -> None:
     "codes",
     [
         torch.tensor([[0, 8], [0, 0]]),
-        torch.tensor([[0, -1], [0, 0]]),
+        torch.tensor([[0, -2], [0, 0]]),
         torch.tensor([[0, 1]]),
         torch.tensor([0, 1]),
         torch.zeros(1, 2, 4, dtype=torch.int64),
@@ -93,7 +148,7 @@ def test_marks() -> None:
     assert [words.time(seconds) for seconds in (0, 0.04, 1.21, 2.0)] == [132, 133, 162, 182]
     ids = torch.arange(words.size)
     assert ids[words.is_mark(ids)].tolist() == [*range(105, 113), *range(132, 183)]
-    assert ids[words.is_audio(ids)].tolist() == list(range(183, 199))
+    assert ids[words.is_audio(ids)].tolist() == [words.mask, *range(183, 199)]
     assert [words.seconds_of(index) for index in (131, 132, 162, 183)] == [None, 0.0, 1.2, None]
     assert [words.speaker_of(index) for index in (104, 105, 112, 113)] == [None, 1, 8, None]
     for seconds in (-0.1, 2.04):
@@ -121,7 +176,10 @@ def test_text_pieces_keep_their_numbers() -> None:
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("text_size", 0), ("n_q", 0), ("card", -1), ("card", 8.0), ("merge_repeats", 1), ("times", -1)],
+    [
+        *(("text_size", 0), ("n_q", 0), ("card", -1), ("card", 8.0), ("merge_repeats", 1), ("times", -1)),
+        ("acoustic_stride", 0),
+    ],
 )
 def test_wrong_settings_are_named(setting: str, value: object) -> None:
     settings: dict[str, object] = {
@@ -130,6 +188,7 @@ def test_wrong_settings_are_named(setting: str, value: object) -> None:
         "card": 8,
         "merge_repeats": False,
         "times": 0,
+        "acoustic_stride": 1,
         setting: value,
     }
     with pytest.raises(InputError, match=f"vocabulary.{setting}"):
@@ -137,7 +196,7 @@ def test_wrong_settings_are_named(setting: str, value: object) -> None:
 
 
 def test_json_round_trip() -> None:
-    for vocabulary in (ONE, TWO, MERGED):
+    for vocabulary in (ONE, TWO, MERGED, replace(TWO, acoustic_stride=4)):
         assert Vocabulary.from_dict(json.loads(json.dumps(vocabulary.to_dict()))) == vocabulary
     with pytest.raises(InputError, match=r"vocabulary\.extra: unknown"):
         Vocabulary.from_dict(TWO.to_dict() | {"extra": 1})
@@ -146,10 +205,10 @@ def test_json_round_trip() -> None:
 
 
 def test_fingerprint_tells_layouts_and_text_models_apart() -> None:
-    prints = {vocabulary.fingerprint(model) for vocabulary in (ONE, TWO, MERGED) for model in (b"", b"a", b"b")}
-    assert len(prints) == 9
+    vocabularies = (ONE, TWO, MERGED, replace(TWO, acoustic_stride=2))
+    assert len({vocabulary.fingerprint(model) for vocabulary in vocabularies for model in (b"", b"a", b"b")}) == 12
     # Stored in checkpoints: this value must never change.
     assert TWO.fingerprint(b"a") == Vocabulary(100, 2, 8).fingerprint(b"a") == GOLDEN
 
 
-GOLDEN = "16e36dcdbe92b8ac265459019b85383fb288a18c33a0f2827caac5dfafb892e8"
+GOLDEN = "c960d7e683b8c690be3960e9a1bb0c7d85581353ed3a052815a39b6c9d05180c"

@@ -23,7 +23,7 @@ from speechllm.errors import InputError
 from speechllm.metrics import bleu, bootstrap_interval, cer
 from speechllm.tasks import TASKS, ParsedAnswer, Parts, Segment, Task
 from train.loop import progress_bar
-from train.scoring import score, words
+from train.scoring import by_speech, score
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -33,6 +33,7 @@ RATE = 16000
 NAMES = {  # of scores, in tables
     "wer": "WER %",
     "bleu": "BLEU",
+    "invented": "invented words, % of clips without speech",
     "uar": "UAR %",
     "accuracy": "accuracy %",
     "der": "DER %",
@@ -126,7 +127,7 @@ def results_of(
     results = []
     for metric, value in score(task, true, said, durations).items():
         result = Result(name, task.name, NAMES[metric], speaker, len(questions), sum(durations), value)
-        pairs = [words(answer, task) for answer in true], [words(answer, task) for answer in said]
+        pairs, _ = by_speech(true, said, task)
         if metric == "wer":
             low, high = bootstrap_interval(*pairs)
             result = replace(result, low=100 * low, high=100 * high, cer=100 * cer(*pairs))
@@ -177,8 +178,7 @@ def evaluate(sets: Sequence[Path], tasks: Sequence[str], model: Path, split: Spl
         name = path.name if path.is_dir() else path.parent.name
         for task in (TASKS[t] for t in tasks):
             posed = (pose(item, task) for item in items)
-            # clips without speech are no test of words
-            questions = [question for question in posed if question and question.answer][:limit]
+            questions = [question for question in posed if question][:limit]
             if not questions:
                 continue
             with progress_bar() as bar:
@@ -196,7 +196,7 @@ def main(
     sets: Annotated[list[Path], typer.Argument(help="manifest.jsonl files, or folders of recorded sets")],
     out: Annotated[Path, typer.Option(help="folder for results.json, results.md and results.png")],
     task: Annotated[
-        list[str] | None, typer.Option(help="repeatable; by default those the model was trained on")
+        list[str] | None, typer.Option(help="repeatable; by default those on audio that the model was trained on")
     ] = None,
     model: Annotated[Path, typer.Option(help="checkpoint folder")] = DEFAULT,
     split: Annotated[Split, typer.Option(help="which part of the sets")] = "test",
@@ -207,7 +207,8 @@ def main(
         for name in task or ():
             if name not in TASKS:
                 raise InputError(f"--task {name}: unknown; known are {', '.join(TASKS)}")
-        results = evaluate(sets, task or read_settings(model).tasks, model, split, limit)
+        listening = [name for name in read_settings(model).tasks if TASKS[name].listens]
+        results = evaluate(sets, task or listening, model, split, limit)
         if not results:
             raise InputError("none of the sets holds an answer to any of the tasks")
     except InputError as error:

@@ -45,10 +45,13 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def plot_metrics(path: Path, panels: dict[str, list[str]], out: Path) -> None:
-    """One panel for each title, with the scalars named for it, over the steps."""
+    """One panel for each title, with the scalars named for it, over the steps; four in a row."""
     records = read_metrics(path)
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.2), squeeze=False)
-    for axis, (title, names) in zip(axes[0], panels.items(), strict=True):
+    columns, rows = min(4, len(panels)), -(-len(panels) // 4)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.5 * columns, 3.2 * rows), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
         for name in names:
             points = [(r["step"], r[name]) for r in records if name in r]
             if points:

@@ -32,9 +32,11 @@ class Objective(nn.Module):
         """Losses: ``loss`` is the one to minimise; ``answer``, ``ctc``, ``aux`` its parts; ``load [experts]``."""
         ids, labels, mask = batch.lm.input_ids, batch.lm.labels, batch.lm.attention_mask
         router = hasattr(self.lm.config, "num_local_experts")
-        # no attention mask: padding is on the right, where causal attention cannot see it
+        # no attention mask: padding is on the right, where causal attention cannot see it; positions that begin anew
+        # tell transformers to keep the sequences of a row apart
         output = self.lm.base_model(
             input_ids=ids,
+            position_ids=batch.lm.position_ids,
             use_cache=False,
             output_hidden_states=True,
             **({"output_router_logits": True} if router else {}),
@@ -61,11 +63,15 @@ class Objective(nn.Module):
 
     def ctc(self, hidden: Tensor, batch: TrainingBatch) -> Tensor:
         """CTC loss per text piece (Graves et al. 2006) of ``hidden [B, seq, hidden]``."""
-        kept = [row[mask] for row, mask in zip(hidden, batch.audio_mask, strict=True)]
-        log_probs = self.ctc_head(pad_sequence(kept)).float().log_softmax(-1)  # [audio, B, text_size + 1]
-        lengths = torch.tensor([len(row) for row in kept], device=hidden.device)
+        kept = hidden[batch.audio_mask].split(batch.audio_lengths.tolist())  # examples, each [audio, hidden]
+        log_probs = self.ctc_head(pad_sequence(kept)).float().log_softmax(-1)  # [audio, examples, text_size + 1]
         losses = F.ctc_loss(
-            log_probs, batch.transcripts + 1, lengths, batch.transcript_lengths, reduction="none", zero_infinity=True
+            log_probs,
+            batch.transcripts + 1,
+            batch.audio_lengths,
+            batch.transcript_lengths,
+            reduction="none",
+            zero_infinity=True,
         )
         known = batch.transcript_lengths > 0  # an unknown transcript must not teach that nothing was said
         return losses[known].sum() / batch.transcript_lengths.sum().clamp_min(1)

@@ -7,13 +7,13 @@ rank, so a run that is resumed goes on exactly as if it had not been stopped.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import signal
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
-from random import Random
 
 import speechllm._torchaudio  # noqa: F401  # before transformers, whose models import torchaudio
 
@@ -21,23 +21,26 @@ import speechllm._torchaudio  # noqa: F401  # before transformers, whose models 
 import deepspeed
 import torch
 from torch import distributed
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from speechllm.checkpoint import save_checkpoint
-from speechllm.codec import SpeechCodec, load_codec
-from speechllm.data.encoded import read_encoded, row_facts
-from speechllm.data.mixture import Mixture, TrainingBatch
-from speechllm.data.sampling import LengthSampler, prefetch, short_first
+from speechllm.codec import Codec, SpeechCodec, load_codec
+from speechllm.data.encoded import read_encoded
+from speechllm.data.mixture import CodeNoise, Mixture, TrainingBatch
+from speechllm.data.schedule import Schedule
 from speechllm.errors import InputError
 from speechllm.model import make_model, parameter_counts, set_embedding_rows
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 from train.config import read_config
+from train.loader import BatchMaker, Meter, leave_signals_to_parent
 from train.log import MetricLog, plot_metrics
 from train.loop import cosine, progress_bar
 from train.objective import Objective
 from train.pretrain_config import Pretraining
 from train.validate import Validation
+from train.warm_start import start_from
 
 
 def single_process_environment() -> None:
@@ -61,24 +64,44 @@ class Trainer:
             raise InputError(f"{config.out}: holds a run already: add --resume to go on, or set another 'out'")
         self.text = TextTokenizer.load(config.text_model)
         codec = load_codec(config.codec)
-        self.vocabulary = Vocabulary(self.text.size, config.n_q, codec.card, config.merge_repeats, config.times)
-        train = read_encoded(config.corpora, "train", codec).filter(
-            lambda row: row_facts(row).duration <= config.max_audio_seconds
+        self.vocabulary = Vocabulary(
+            self.text.size, config.n_q, codec.card, config.merge_repeats, config.times, config.acoustic_stride
         )
-        self.mixture = Mixture(train, self.vocabulary, self.text, config.tasks, config.code_noise)
-        if not self.mixture.rows:
+        self._check_positions(codec)
+        self.mixture = Mixture(
+            {str(folder): read_encoded([folder], "train", codec) for folder in config.corpora},
+            self.vocabulary,
+            self.text,
+            list(config.tasks),
+            config.max_audio_seconds,
+            CodeNoise(config.code_noise, config.code_masking),
+        )
+        if missing := config.tasks.keys() - self.mixture.pools.keys():
             raise InputError(
                 f"corpora: no utterance of up to max_audio_seconds = {config.max_audio_seconds} has an answer for "
-                f"{', '.join(config.tasks)}"
+                f"{', '.join(sorted(missing))}: leave it out of tasks, or add corpora"
             )
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.sampler = LengthSampler(self.mixture.lengths, config.batch_tokens, config.max_examples, config.seed)
+        self.schedule = Schedule(
+            self.mixture.pools,
+            config.tasks,
+            config.batch_tokens,
+            config.seed,
+            self.world,
+            config.temperature,
+            {str(folder): weight for folder, weight in config.corpora.items()},
+            config.curriculum,
+            config.short_first,
+        )
 
         torch.manual_seed(config.seed)
         lm = make_model(config.model, self.vocabulary.size, self.vocabulary.pad, self.vocabulary.end)
         if isinstance(codec, SpeechCodec):  # codes that sound alike start out alike
             first = int(self.vocabulary.audio_ids(torch.zeros(config.n_q, 1, dtype=torch.int64))[0])
             set_embedding_rows(lm, first, codec.code_vectors(), config.seed)
+        resuming = resume and (config.out / "state" / "latest").exists()
+        if config.start_from and not resuming:
+            start_from(config.start_from, lm, self.vocabulary, self.text, codec)
         objective = Objective(lm, self.text.size, config.ctc_layer, config.ctc_weight, config.aux_weight)
         optimizer = torch.optim.AdamW(
             objective.parameters(), config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
@@ -87,9 +110,10 @@ class Trainer:
             model=objective, optimizer=optimizer, config=config.deepspeed_config(self.world, torch.cuda.is_available())
         )
         self.step = 0
-        if resume and (config.out / "state" / "latest").exists():
+        if resuming:
             _, client = self.engine.load_checkpoint(str(config.out / "state"))
             self.step = client["step"]
+            self.schedule.restore(client["schedule"])
         self.validation = Validation(config, codec, self.vocabulary, self.text, self.rank, self.world)
 
     @property
@@ -98,12 +122,31 @@ class Trainer:
         lm: PreTrainedModel = self.engine.module.lm
         return lm
 
-    def batch(self, step: int) -> TrainingBatch:
-        """This rank's part of ``step``; short utterances come first."""
-        config = self.config
-        number = step * self.world + self.rank
-        indices = self.sampler(number, short_first(step, config.short_first))
-        return self.mixture.batch(indices, Random(f"{config.seed} batch {number}"))
+    def _check_positions(self, codec: Codec) -> None:
+        """Raises InputError when the longest sequence there may be has more ids than the model has positions."""
+        frames = math.ceil(self.config.max_audio_seconds * codec.frame_rate)
+        heard = len(self.vocabulary.audio_ids(torch.arange(frames).expand(self.config.n_q, frames) % codec.card))
+        longest, most = heard + 2 * self.config.max_answer_tokens, self.config.model.max_positions
+        if longest > most:
+            raise InputError(
+                f"max_audio_seconds = {self.config.max_audio_seconds} and max_answer_tokens make sequences of "
+                f"{longest} ids; model.max_positions = {most}: raise it, or shorten them"
+            )
+
+    def batches(self) -> Iterator[TrainingBatch]:
+        """This rank's batches from the present step on, made in worker processes."""
+        steps = range(self.step, self.config.steps)
+        plans = zip(steps, self.schedule.steps(steps, self.rank), strict=True)
+        workers = self.config.loader_workers
+        return iter(
+            DataLoader(
+                BatchMaker(self.mixture, self.config.row_length, f"{self.config.seed} rank {self.rank}"),
+                batch_size=None,
+                sampler=plans,
+                num_workers=workers,
+                worker_init_fn=leave_signals_to_parent if workers else None,
+            )
+        )
 
     def train_step(self, step: int, batch: TrainingBatch) -> dict[str, float]:
         """One update; returns this rank's losses."""
@@ -122,7 +165,8 @@ class Trainer:
     def save(self) -> None:
         """State to resume from (all ranks), and a checkpoint that can be served (rank 0)."""
         state, tag = self.config.out / "state", f"step-{self.step}"
-        self.engine.save_checkpoint(str(state), tag=tag, client_state={"step": self.step})
+        client = {"step": self.step, "schedule": self.schedule.state(self.step)}
+        self.engine.save_checkpoint(str(state), tag=tag, client_state=client)
         if self.rank == 0:
             for older in state.glob("step-*"):  # kept until now: an interrupted save leaves the one before it whole
                 if older.name != tag:
@@ -152,26 +196,20 @@ class Trainer:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopping.append(True))
         log = MetricLog(config.out) if self.rank == 0 else None
-        sums: dict[str, float] = {}
-        mark, tokens, count = time.monotonic(), 0, 0
+        meter = Meter(self.schedule, self.world)
         steps = range(self.step, config.steps)
         bar = progress_bar()
         bar.disable = self.rank != 0
         with bar:
             task = bar.add_task("pretrain", total=config.steps, completed=self.step)
-            for step, batch in zip(steps, prefetch(self.batch, steps), strict=True):
-                for name, value in self.train_step(step, batch).items():
-                    sums[name] = sums.get(name, 0.0) + value
-                tokens, count = tokens + int(batch.lm.attention_mask.sum()), count + 1
+            for step, batch in zip(steps, meter.timed(self.batches()), strict=True):
+                meter.add(step, batch, self.train_step(step, batch))
                 self.step = step + 1
                 last = self.step == config.steps
                 if self.step % config.log_every == 0:
                     stop = self.any_rank(bool(stopping))
                     if log:
-                        speed = self.world * tokens / (time.monotonic() - mark)
-                        means = {name: value / count for name, value in sums.items()}  # fewer after a resume
-                        log.write(self.step, tokens_per_second=speed, **means)
-                    sums, mark, tokens, count = {}, time.monotonic(), 0, 0
+                        log.write(self.step, **meter.read())
                     if stop:
                         self.save()
                         return False
@@ -187,6 +225,7 @@ class Trainer:
         if log:
             log.close()
             plot_metrics(log.path, self.validation.panels(), config.out / "training.png")
+            meter.plot(config.out)
         return True
 
 
@@ -202,9 +241,8 @@ def main() -> None:
         trainer = Trainer(config, arguments.resume)
         total, active = parameter_counts(trainer.lm)
         if trainer.rank == 0:
-            print(
-                f"{total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active; {len(trainer.mixture.rows)} utterances"
-            )
+            rows = len(trainer.mixture.rows)
+            print(f"{total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active; {rows} utterances")
         if not trainer.run():
             sys.exit(f"stopped after step {trainer.step}; go on with --resume")
     except InputError as error:

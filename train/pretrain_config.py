@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,14 +19,20 @@ class Pretraining(Settings):
 
     name: str = "tiny"
     out: Path
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     text_model: Path = Path("tokenizers/text.model")
     codec: Path = Path("tokenizers/codec")
-    corpora: list[Path] = Field(description="folders written by train.encode")
+    corpora: dict[Path, Annotated[float, Field(gt=0)]] = Field(
+        min_length=1, description="folders written by train.encode: weight within each task"
+    )
     dev_corpora: list[Path]
-    tasks: dict[str, float] = Field(description="task name: share among the tasks an utterance has an answer for")
+    tasks: dict[str, float] = Field(description="task name: weight in the mixture")
+    curriculum: dict[str, int] = Field({}, description="task name: step from which it is trained, if not the first")
+    temperature: float = Field(5.0, ge=1, description="T: a task or corpus of n recordings counts n^(1/T)")
+    start_from: Path | None = Field(None, description="checkpoint whose weights are taken as far as they fit")
     model: ModelConfig = ModelConfig()
     n_q: int = Field(1, ge=1, description="codebooks the LM sees")
+    acoustic_stride: int = Field(1, ge=1, description="frames of which one has the codebooks after the first")
     merge_repeats: bool = Field(True, description="write a run of equal codes as one id")
     max_audio_seconds: float = Field(12.0, gt=0)
     max_answer_tokens: int = Field(96, gt=0)
@@ -36,9 +42,11 @@ class Pretraining(Settings):
     warmup: int = Field(300, ge=1)
     weight_decay: float = Field(0.05, ge=0)
     batch_tokens: float = Field(2000, gt=0, description="per process and micro batch")
-    max_examples: int = Field(48, ge=1, description="per process and micro batch")
+    row_length: int = Field(512, ge=1, description="ids of a row into which several sequences are packed")
+    loader_workers: int = Field(1, ge=0, le=64, description="processes that make batches; 0: made while training waits")
     short_first: int = Field(1000, ge=0, description="steps over which utterances of growing length come in")
     code_noise: float = Field(0.03, ge=0, lt=1, description="share of frames whose codes are replaced by random ones")
+    code_masking: float = Field(0.0, ge=0, lt=1, description="share of frames hidden in spans")
     ctc_weight: float = Field(0.3, ge=0)
     ctc_layer: int = Field(3, ge=1, description="layer whose states the CTC head reads; at most num_layers")
     aux_weight: float = Field(0.01, ge=0, description="of the experts' load-balancing loss")
@@ -59,6 +67,14 @@ class Pretraining(Settings):
             if share <= 0:
                 raise ValueError(f"the share of {name} must be above 0; leave the task out instead")
         return tasks
+
+    @model_validator(mode="after")
+    def _curriculum_fits(self) -> Pretraining:
+        if unknown := self.curriculum.keys() - self.tasks.keys():
+            raise ValueError(f"curriculum: {', '.join(sorted(unknown))} not among the tasks")
+        if self.curriculum.keys() == self.tasks.keys() and min(self.curriculum.values()) > 0:
+            raise ValueError("curriculum: no task to begin with: leave one out of it")
+        return self
 
     @model_validator(mode="after")
     def _ctc_layer_exists(self) -> Pretraining:

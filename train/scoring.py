@@ -16,8 +16,8 @@ from speechllm.tasks.words import PlainText
 
 # metric of a task -> names of its scores, the first is the one that counts. Percent but BLEU, which is 0-100 too
 SCORES = {
-    "wer": ("wer",),
-    "bleu": ("bleu",),
+    "wer": ("wer", "invented"),
+    "bleu": ("bleu", "invented"),
     "accuracy": ("uar", "accuracy"),
     "turns": ("der", "cpwer"),
     "activity": ("f1",),
@@ -30,11 +30,14 @@ def score(
 ) -> dict[str, float]:
     """The task's scores over a test set, by name, and of answers with a grammar ``malformed``, those with faults in %.
 
-    durations: of the recordings, in seconds.
+    Recordings in which nobody speaks do not count among the words: ``invented`` is the share of them, in %, that were
+    answered with words all the same. durations: of the recordings, in seconds.
     """
     if task.metric in ("wer", "bleu"):
-        pairs = [words(answer, task) for answer in true], [words(answer, task) for answer in said]
-        scores = {"wer": 100 * wer(*pairs)} if task.metric == "wer" else {"bleu": bleu(*pairs)[0]}
+        spoken, silent = by_speech(true, said, task)
+        scores = {"invented": 100 * sum(map(bool, silent)) / len(silent)} if silent else {}
+        if spoken[0]:
+            scores[task.metric] = 100 * wer(*spoken) if task.metric == "wer" else bleu(*spoken)[0]
     elif task.metric == "accuracy":
         scores = label_scores([a.label for a in true], [a.label for a in said])
     elif task.metric == "slots":
@@ -46,6 +49,15 @@ def score(
     if isinstance(task, PlainText):
         return scores
     return scores | {"malformed": 100 * sum(bool(answer.faults) for answer in said) / len(said)}
+
+
+def by_speech(
+    true: Sequence[ParsedAnswer], said: Sequence[ParsedAnswer], task: Task
+) -> tuple[tuple[list[str], list[str]], list[str]]:
+    """References and answers where somebody speaks, and the answers where nobody does."""
+    pairs = [(words(t, task), words(s, task)) for t, s in zip(true, said, strict=True)]
+    spoken = [pair for pair in pairs if pair[0]]
+    return ([t for t, _ in spoken], [s for _, s in spoken]), [s for t, s in pairs if not t]
 
 
 def words(answer: ParsedAnswer, task: Task) -> str:

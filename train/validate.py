@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 
 import speechllm._torchaudio  # noqa: F401  # before transformers, whose models import torchaudio
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 
 from speechllm.codec import Codec
 from speechllm.data.encoded import read_encoded
-from speechllm.data.mixture import Mixture
+from speechllm.data.mixture import Draw, Mixture
 from speechllm.generate import generate
 from speechllm.prompt import IGNORE_INDEX, Example, answer_parts, collate, next_ids, render
 from speechllm.tasks import TASKS, Parts
@@ -48,10 +47,10 @@ class Validation:
         self.max_answer_tokens = config.max_answer_tokens
         self.sets = []
         for folder in config.dev_corpora:
-            mixture = Mixture(read_encoded([folder], "dev", codec), vocabulary, text, config.tasks)
-            for name in config.tasks:
-                if dev := dev_set(Path(folder).name, mixture, name, config.decode_examples, rank, world):
-                    self.sets.append(dev)
+            rows = read_encoded([folder], "dev", codec)
+            mixture = Mixture({folder.name: rows}, vocabulary, text, list(config.tasks), config.max_audio_seconds)
+            for task in mixture.pools:
+                self.sets.append(dev_set(folder.name, mixture, task, config.decode_examples, rank, world))
 
     def run(self, lm: PreTrainedModel) -> dict[str, float]:
         """``loss_…``, ``gap_…`` and the scores (``wer_…``) of each task and corpus, the same on all ranks."""
@@ -88,7 +87,7 @@ class Validation:
 
     def summed_loss(self, lm: PreTrainedModel, examples: list[Example]) -> tuple[Tensor, Tensor]:
         """Summed loss over the answers' ids, and their number."""
-        batch = collate([render(e, self.vocabulary, self.text) for e in examples], self.vocabulary.pad)
+        batch = collate([[render(e, self.vocabulary, self.text)] for e in examples], self.vocabulary.pad)
         logits = lm(input_ids=batch.input_ids.to(lm.device)).logits[:, :-1].float().cpu()
         target = next_ids(batch.labels)
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
@@ -121,33 +120,23 @@ class Validation:
         return values
 
     def panels(self) -> dict[str, list[str]]:
-        """What the plot at the end of a run shows."""
-        labels = [f"{dev.task}_{dev.name}" for dev in self.sets]
+        """What the plot at the end of a run shows: the losses, each task's main scores, the experts' load."""
+        tasks: dict[str, list[str]] = {}
+        for dev in self.sets:
+            names = [name for name in SCORES[TASKS[dev.task].metric] if name not in ("accuracy", "intent_accuracy")]
+            tasks.setdefault(dev.task, []).extend(f"{name}_{dev.task}_{dev.name}" for name in names)
         return {
             "training loss": ["answer", "ctc", "aux"],
-            "validation loss": [f"loss_{label}" for label in labels],
-            "listening gap": [f"gap_{label}" for label in labels],
-            **{
-                name: [f"{name}_{label}" for dev, label in zip(self.sets, labels, strict=True) if name in scores(dev)]
-                for name in dict.fromkeys(name for dev in self.sets for name in scores(dev))
-            },
+            **tasks,
             "share of an expert": ["busiest_expert", "idlest_expert"],
         }
 
 
-def scores(dev: DevSet) -> tuple[str, ...]:
-    """Names of the scores of a dev set's task."""
-    return SCORES[TASKS[dev.task].metric]
-
-
-def dev_set(name: str, mixture: Mixture, task_name: str, most: int, rank: int, world: int) -> DevSet | None:
-    """This rank's share of up to ``most`` clips, spread over the corpus, asked with the task's first wording."""
-    task = TASKS[task_name]
-    posed = [(i, task.pose(facts, Random(i), task.wordings[:1])) for i, facts in enumerate(mixture.facts)]
-    able = [(i, asked) for i, asked in posed if asked]
-    chosen = able[:: max(1, len(able) // most)][:most]
-    if not chosen:
-        return None
-    examples = [Example(mixture.heard(i, task), *asked, task_name) for i, asked in chosen]
-    durations = [mixture.facts[i].duration for i, _ in chosen]
-    return DevSet(name, task_name, examples[rank::world], durations[rank::world])
+def dev_set(name: str, mixture: Mixture, task: str, most: int, rank: int, world: int) -> DevSet:
+    """This rank's share of up to ``most`` clips, spread over all lengths, asked with the task's first wording."""
+    able = mixture.pools[task][name].rows.tolist()
+    count = min(most, len(able))
+    chosen = [able[n * len(able) // count] for n in range(count)][rank::world]
+    wording = TASKS[task].wordings[:1]
+    examples = [mixture.example(Draw(task, row), Random(row), wording) for row in chosen]
+    return DevSet(name, task, examples, [mixture.facts(row).duration for row in chosen])

@@ -1,96 +1,234 @@
-"""From encoded utterances to training sequences: which task, which wording, which answer."""
+"""From encoded utterances to training sequences: which tasks a recording can teach, and what is asked and answered."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from random import Random
+from time import perf_counter
 
+import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 
 from speechllm.data.encoded import row_codes, row_facts
+from speechllm.errors import InputError
 from speechllm.prompt import Batch, Example, collate, render
-from speechllm.tasks import TASKS, Task
+from speechllm.tasks import TASKS, Facts, Parts, Speaker, Task, Time
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
+
+CHARACTERS_PER_PIECE = 3.7  # of text, about
+AROUND = 4  # control ids of a sequence
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingBatch:
-    """A batch for the LM, and the transcripts for CTC on the audio positions."""
+    """A batch for the LM, and the transcripts for CTC on the audio positions of its examples, row by row."""
 
     lm: Batch
     audio_mask: Tensor  # bool [B, seq]: the audio ids and the end-of-audio id
-    transcripts: Tensor  # int64 [B, pieces], text ids padded with 0
-    transcript_lengths: Tensor  # int64 [B]; 0 where there is no transcript
+    audio_lengths: Tensor  # int64 [examples]: how many of them are an example's
+    transcripts: Tensor  # int64 [examples, pieces], text ids padded with 0
+    transcript_lengths: Tensor  # int64 [examples]; 0 where there is no transcript
+    tasks: tuple[str, ...]  # [examples]
+    seconds: float  # that making the batch took
 
     def to(self, device: torch.device) -> TrainingBatch:
         """The same batch on ``device``."""
         lm = Batch(*(getattr(self.lm, f.name).to(device) for f in fields(self.lm)))
-        return TrainingBatch(
-            lm, self.audio_mask.to(device), self.transcripts.to(device), self.transcript_lengths.to(device)
+        return replace(
+            self,
+            lm=lm,
+            audio_mask=self.audio_mask.to(device),
+            audio_lengths=self.audio_lengths.to(device),
+            transcripts=self.transcripts.to(device),
+            transcript_lengths=self.transcript_lengths.to(device),
         )
+
+
+@dataclass(frozen=True)
+class Draw:
+    """An utterance, by its row, and the task it is to teach."""
+
+    task: str
+    row: int
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """The recordings of one corpus that have an answer for one task, shortest first."""
+
+    rows: np.ndarray  # int64 [recordings]
+    lengths: np.ndarray  # float [recordings]: ids of their sequences, about
+
+
+@dataclass(frozen=True)
+class CodeNoise:
+    """Augmentation of codes: what the LM hears now and then differs from what was said.
+
+    replaced: share of frames whose codes are random ones. masked: share of frames that are hidden, in spans of up to
+    ``MAX_SPAN`` (time masking, Park et al. 2019).
+    """
+
+    replaced: float = 0.0
+    masked: float = 0.0
+
+    MAX_SPAN = 10  # frames
+
+    def __call__(self, codes: Tensor, card: int, rng: Random) -> Tensor:
+        """Codes ``[n_q, frames]``, another tensor of the same shape."""
+        frames = codes.shape[1]
+        generator = torch.Generator().manual_seed(rng.getrandbits(62))
+        hit = torch.rand(frames, generator=generator) < self.replaced
+        codes = torch.where(hit, torch.randint(card, codes.shape, generator=generator), codes)
+        # spans of 1 … MAX_SPAN frames that begin anywhere, even before the clip, so that its ends are hidden as often
+        # as its middle; so many that they leave 1 - masked of the frames, though some overlap
+        chance = -math.log1p(-self.masked) * 2 / (self.MAX_SPAN + 1)
+        for _ in range(sum(rng.random() < chance for _ in range(frames + self.MAX_SPAN - 1))):
+            start = rng.randrange(1 - self.MAX_SPAN, frames)
+            end = start + rng.randint(1, self.MAX_SPAN)
+            codes[:, max(0, start) : max(0, end)] = Vocabulary.MASKED
+        return codes
+
+
+def describe(row: dict, tasks: Sequence[str], vocabulary: Vocabulary, max_seconds: float) -> dict:
+    """What planning needs of a row: ``tasks`` it has answers for (by place), and ids of their sequences, about."""
+    facts = row_facts(row)
+    fits = facts.duration <= max_seconds
+    posed = [TASKS[name].pose(facts, Random(0)) if fits else None for name in tasks]
+    able = [place for place, asked in enumerate(posed) if asked and writable(asked[1], vocabulary)]
+    heard = len(vocabulary.audio_ids(row_codes(row, vocabulary.n_q))) if able else 0
+    said = [size(*asked) for asked in map(posed.__getitem__, able) if asked]
+    lengths = [n + heard * TASKS[tasks[place]].listens for place, n in zip(able, said, strict=True)]
+    return {"tasks": able, "lengths": lengths}
+
+
+def size(instruction: str, answer: Parts) -> float:
+    """Ids of a question and its answer, about."""
+    characters = len(instruction) + sum(len(part) for part in answer if isinstance(part, str))
+    return AROUND + characters / CHARACTERS_PER_PIECE + sum(not isinstance(part, str) for part in answer)
+
+
+def writable(answer: Parts, vocabulary: Vocabulary) -> bool:
+    """Whether there is a mark for each time and speaker of an answer."""
+    try:
+        for part in answer:
+            if isinstance(part, Time):
+                vocabulary.time(part.seconds)
+            elif isinstance(part, Speaker):
+                vocabulary.speaker(part.number)
+    except InputError:
+        return False
+    return True
 
 
 class Mixture:
-    """Draws a task and a wording for each utterance; everything depends on the given random state alone."""
+    """Rows of several corpora as examples of tasks. Everything random depends on the given random state alone.
+
+    pools: task -> corpus -> the recordings that can teach it.
+    """
 
     def __init__(
         self,
-        rows: Dataset,
+        corpora: Mapping[str, Dataset],
         vocabulary: Vocabulary,
         text: TextTokenizer,
-        weights: Mapping[str, float],
-        code_noise: float = 0.0,
+        tasks: Sequence[str],
+        max_seconds: float = float("inf"),
+        noise: CodeNoise | None = None,
     ):
-        """weights: task name -> relative share among the tasks an utterance has an answer for.
-        code_noise: probability with which a frame's codes are replaced by random ones."""
-        self.vocabulary, self.text, self.code_noise = vocabulary, text, code_noise
-        self.weights = {TASKS[name]: weight for name, weight in weights.items()}
-        self.rows, self.facts, self.codes = [], [], []
-        for row in rows:
-            facts = row_facts(row)
-            if any(task.pose(facts, Random(0)) for task in self.weights):
-                self.codes.append(row_codes(row, vocabulary.n_q).to(torch.int16))
-                self.facts.append(facts)
-                self.rows.append({name: value for name, value in row.items() if name not in ("codes", "facts")})
-        # the audio is most of a sequence; the instruction takes a dozen ids
-        self.lengths = [
-            len(vocabulary.audio_ids(codes)) + len(text.encode(facts.text or "")) + 12.0
-            for facts, codes in zip(self.facts, self.codes, strict=True)
-        ]
+        """Recordings of more than ``max_seconds`` are left out."""
+        self.vocabulary, self.text, self.noise = vocabulary, text, noise
+        self.rows = concatenate_datasets(list(corpora.values()))
+        told = self.rows.map(
+            describe,
+            fn_kwargs={"tasks": list(tasks), "vocabulary": vocabulary, "max_seconds": max_seconds},
+            remove_columns=self.rows.column_names,
+            keep_in_memory=True,
+            load_from_cache_file=False,  # the cache would not notice that a task is another
+            desc="tasks of each recording",
+        )
+        able: list[list[int]] = [[] for _ in tasks]
+        sizes: list[list[float]] = [[] for _ in tasks]
+        for row, (places, lengths) in enumerate(zip(told["tasks"], told["lengths"], strict=True)):
+            for place, length in zip(places, lengths, strict=True):
+                able[place].append(row)
+                sizes[place].append(length)
+        ends = np.cumsum([len(rows) for rows in corpora.values()])[:-1]
+        self.pools: dict[str, dict[str, Pool]] = {}
+        for name, found, length in zip(tasks, able, sizes, strict=True):
+            cuts = np.searchsorted(found, ends)
+            parts = zip(np.split(np.array(found, int), cuts), np.split(np.array(length), cuts), strict=True)
+            for corpus, (rows, lengths) in zip(corpora, parts, strict=True):
+                if len(rows):
+                    order = np.argsort(lengths, kind="stable")
+                    self.pools.setdefault(name, {})[corpus] = Pool(rows[order], lengths[order])
 
-    def example(self, index: int, rng: Random) -> Example:
-        """Utterance ``index`` with a task, a training wording and the task's answer."""
-        row, facts = self.rows[index], self.facts[index]
-        posed = {task: asked for task in self.weights if (asked := task.pose(facts, rng))}
-        task = rng.choices(list(posed), [self.weights[t] for t in posed])[0]
-        instruction, answer = posed[task]
-        return Example(self.heard(index, task, rng), instruction, answer, task.name, facts.language, row["speaker"])
+    def facts(self, row: int) -> Facts:
+        """What is known about the recording of a row."""
+        return row_facts(self.rows[row])
 
-    def heard(self, index: int, task: Task, rng: Random | None = None) -> Tensor:
-        """The codes of an utterance ``[n_q, frames]``, with ``rng`` some replaced where ``code_noise`` says so."""
-        codes = self.codes[index].long()
+    def example(self, draw: Draw, rng: Random, wordings: tuple[str, ...] | None = None) -> Example:
+        """The utterance with an instruction (drawn from ``wordings``, the trained ones unless given) and its answer."""
+        row, task = self.rows[draw.row], TASKS[draw.task]
+        facts = row_facts(row)
+        posed = task.pose(facts, rng, wordings)
+        assert posed is not None, f"{row['id']} has no answer for {draw.task}"
+        return Example(self._heard(row, task, rng), *posed, task.name, facts.language, row["speaker"])
+
+    def _heard(self, row: dict, task: Task, rng: Random) -> Tensor:
+        """The codes of a row ``[n_q, frames]`` as the LM gets them."""
+        codes = row_codes(row, self.vocabulary.n_q)
         if not task.listens:
             return codes[:, :0]
-        if rng is not None and self.code_noise:
-            generator = torch.Generator().manual_seed(rng.getrandbits(62))
-            hit = torch.rand(codes.shape[1], generator=generator) < self.code_noise
-            noise = torch.randint(self.vocabulary.card, codes.shape, generator=generator)
-            codes = torch.where(hit, noise, codes)
-        return codes
+        return self.noise(codes, self.vocabulary.card, rng) if self.noise else codes
 
-    def batch(self, indices: list[int], rng: Random) -> TrainingBatch:
-        """The utterances as padded sequences with their loss mask and transcripts."""
-        examples = [self.example(i, rng) for i in indices]
-        lm = collate([render(example, self.vocabulary, self.text) for example in examples], self.vocabulary.pad)
-        heard = [self.facts[i].text or "" if e.codes.numel() else "" for i, e in zip(indices, examples, strict=True)]
+    def batch(self, draws: Sequence[Draw], row_length: int, rng: Random) -> TrainingBatch:
+        """The draws as sequences packed into rows of up to ``row_length`` ids (or the longest sequence, if longer)."""
+        begun = perf_counter()
+        examples = [self.example(draw, rng) for draw in draws]
+        rendered = [render(example, self.vocabulary, self.text) for example in examples]
+        rows = pack([len(sequence.ids) for sequence in rendered], row_length)
+        order = [index for row in rows for index in row]
+        lm = collate([[rendered[index] for index in row] for row in rows], self.vocabulary.pad)
+        heard = [self._transcript(draws[index], examples[index]) for index in order]
         transcripts = [torch.tensor(self.text.encode(text), dtype=torch.int64) for text in heard]
         return TrainingBatch(
             lm=lm,
-            audio_mask=self.vocabulary.is_audio(lm.input_ids) | (lm.input_ids == self.vocabulary.audio_end),
+            audio_mask=self._listening(lm.input_ids),
+            audio_lengths=torch.tensor([int(self._listening(rendered[index].ids).sum()) for index in order]),
             transcripts=torch.nn.utils.rnn.pad_sequence(transcripts, batch_first=True),
             transcript_lengths=torch.tensor([len(t) for t in transcripts]),
+            tasks=tuple(draws[index].task for index in order),
+            seconds=perf_counter() - begun,
         )
+
+    def _transcript(self, draw: Draw, example: Example) -> str:
+        if not example.codes.numel():
+            return ""
+        facts = self.facts(draw.row)
+        return facts.text or " ".join(segment.text for segment in facts.segments)
+
+    def _listening(self, ids: Tensor) -> Tensor:
+        return self.vocabulary.is_audio(ids) | (ids == self.vocabulary.audio_end)
+
+
+def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Sequences into rows of up to ``row_length`` ids: longest first, each into the first row with room for it.
+
+    A sequence longer than that has a row of its own. Returns indices, row by row.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = next((n for n, left in enumerate(room) if lengths[index] <= left), None)
+        if place is None:
+            place = len(rows)
+            rows.append([])
+            room.append(max(row_length, lengths[index]))
+        rows[place].append(index)
+        room[place] -= lengths[index]
+    return rows

@@ -1,0 +1,48 @@
+"""Which clips a model is validated on."""
+
+from pathlib import Path
+from random import Random
+
+import pytest
+from datasets import Dataset
+
+from speechllm.data.encoded import write_facts
+from speechllm.data.mixture import Mixture
+from speechllm.tasks import TASKS, Facts
+from speechllm.text import TextTokenizer
+from speechllm.vocabulary import Vocabulary
+from train.encode import FEATURES
+from train.validate import dev_set
+
+TEXT = TextTokenizer.load(Path(__file__).parents[1] / "tokenizers" / "text.model")
+
+
+@pytest.fixture(scope="module")
+def mixture() -> Mixture:
+    """Clips of 1 to 79 frames, not in order."""
+    rows = [
+        {
+            "id": str(frames), "split": "dev", "source": "made", "speaker": None, "n_q": 1,
+            "facts": write_facts(Facts(frames / 25, "Yes.", "en")), "codes": [frames % 16] * frames,
+        }
+        for frames in Random(0).sample(range(1, 80), 79)
+    ]  # fmt: skip
+    data = Dataset.from_list(rows, features=FEATURES)
+    return Mixture({"dev": data}, Vocabulary(TEXT.size, n_q=1, card=16), TEXT, ["transcribe"])
+
+
+@pytest.mark.parametrize("most", [1, 40, 78, 79, 500])
+def test_clips_of_all_lengths_are_spread_over_the_ranks(mixture: Mixture, most: int) -> None:
+    whole = dev_set("dev", mixture, "transcribe", most, 0, 1)
+    frames = [example.codes.shape[1] for example in whole.examples]
+    assert len(set(frames)) == len(frames) == min(most, 79)
+    if most > 1:
+        gaps = [b - a for a, b in zip([0, *frames], [*frames, 80], strict=True)]
+        assert max(gaps) <= 3, "from the shortest to the longest"
+    for example, seconds in zip(whole.examples, whole.durations, strict=True):
+        assert seconds == example.codes.shape[1] / 25
+        assert example.codes.tolist() == [[example.codes.shape[1] % 16] * example.codes.shape[1]]
+        assert (example.instruction, example.answer) == (TASKS["transcribe"].wordings[0], ("Yes.",))
+    ranks = [dev_set("dev", mixture, "transcribe", most, rank, 3) for rank in range(3)]
+    shared = [seconds for rank in ranks for seconds in rank.durations]
+    assert sorted(shared) == sorted(whole.durations)

@@ -1,0 +1,106 @@
+"""Batches made in worker processes, and a meter of what they hold: speed, padding, and the share of each task."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from random import Random
+
+import matplotlib
+from torch.utils.data import Dataset
+
+from speechllm.data.mixture import Draw, Mixture, TrainingBatch
+from speechllm.data.schedule import Schedule
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Ctrl-C is for the process that trains, and so is a SIGTERM to its group: it finishes its step and saves."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how a loader ends its workers
+
+
+class BatchMaker(Dataset):
+    """Indexed by a step and its draws; a batch follows from them and the seed, whatever process makes it."""
+
+    def __init__(self, mixture: Mixture, row_length: int, seed: str):
+        self.mixture, self.row_length, self.seed = mixture, row_length, seed
+
+    def __getitem__(self, plan: tuple[int, list[Draw]]) -> TrainingBatch:
+        step, draws = plan
+        return self.mixture.batch(draws, self.row_length, Random(f"{self.seed} step {step}"))
+
+
+class Meter:
+    """Means since the last reading, and what share each task had of all examples next to what was asked for."""
+
+    def __init__(self, schedule: Schedule, world: int):
+        self.schedule, self.world = schedule, world
+        self.asked: Counter[str] = Counter()
+        self.drawn: Counter[str] = Counter()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums: Counter[str] = Counter()
+        self._ids = self._positions = self._steps = 0
+        self._waited = self._making = 0.0
+        self._mark = time.monotonic()
+
+    def timed(self, batches: Iterable[TrainingBatch]) -> Iterator[TrainingBatch]:
+        """The batches; the time spent waiting for them is counted."""
+        begun = time.monotonic()
+        for batch in batches:
+            self._waited += time.monotonic() - begun
+            yield batch
+            begun = time.monotonic()
+
+    def add(self, step: int, batch: TrainingBatch, losses: dict[str, float]) -> None:
+        """Count a step of this rank."""
+        self._sums.update(losses)
+        self._ids += int(batch.lm.attention_mask.sum())
+        self._positions += batch.lm.attention_mask.numel()
+        self._steps += 1
+        self._making += batch.seconds
+        self.drawn.update(batch.tasks)
+        for task, share in self.schedule.shares(step).items():
+            self.asked[task] += share * len(batch.tasks)  # type: ignore[assignment]
+
+    def read(self) -> dict[str, float]:
+        """Mean losses; ``tokens_per_second`` of all ranks (padding not counted), ``loader_tokens_per_second`` of one
+        worker, ``waiting`` (share of the time in which no batch was ready), ``padding`` (share of the positions)."""
+        passed = time.monotonic() - self._mark
+        values = {name: total / self._steps for name, total in self._sums.items()} | {
+            "tokens_per_second": self.world * self._ids / passed,
+            "loader_tokens_per_second": self._ids / self._making,
+            "waiting": self._waited / passed,
+            "padding": 1 - self._ids / self._positions,
+        }
+        self._reset()
+        return values
+
+    def plot(self, out: Path) -> None:
+        """``shares.json`` and ``shares.png``: the share of each task in this rank's examples, asked and realised."""
+        if not self.drawn:  # a finished run was resumed
+            return
+        shares = {
+            task: {"asked": asked / self.asked.total(), "realised": self.drawn[task] / self.drawn.total()}
+            for task, asked in self.asked.items()
+        }
+        (out / "shares.json").write_text(json.dumps(shares, indent=1) + "\n", encoding="utf-8")
+        figure, axis = plt.subplots(figsize=(0.5 * len(shares) + 2, 3.6))
+        for offset, kind in ((-0.2, "asked"), (0.2, "realised")):
+            axis.bar([n + offset for n in range(len(shares))], [s[kind] for s in shares.values()], 0.4, label=kind)
+        axis.set_xticks(range(len(shares)), list(shares), rotation=60, ha="right")
+        axis.set(ylabel="share of examples")
+        axis.legend()
+        figure.tight_layout()
+        figure.savefig(out / "shares.png", dpi=110)
+        plt.close(figure)
