@@ -63,7 +63,7 @@ ROWS = [DOGS, BOY, SILENCE, UNKNOWN, HEARD, OTHER]
 def write(folder: Path, rows: list[dict], fingerprint: str = "0123", shards: int = 1) -> Path:
     """An encoded corpus, as ``train.encode`` leaves it."""
     folder.mkdir()
-    (folder / "info.json").write_text(json.dumps({"codec": fingerprint, "n_q": 2, "facts": True}))
+    (folder / "info.json").write_text(json.dumps({"codec": fingerprint, "n_q": 2, "shards": shards}))
     for number in range(shards):
         part = Dataset.from_list(rows[number::shards], features=FEATURES)
         part.to_parquet(str(folder / f"{number:05d}.parquet"))

@@ -27,14 +27,14 @@ Copies = Annotated[int, Field(ge=1)]
 class Corpus:
     """One corpus of a recipe. ``path`` is its manifest or the folder of a recorded set, ``codes`` where these are.
 
-    Its train split is ``trained`` on, its test split is what ``tests``.
+    The train split of an ``encoded`` one is trained on, the test split of one that ``tests`` is what tests.
     """
 
     name: str
     kind: Kind
     path: Path
     codes: Path
-    trained: bool
+    encoded: bool
     tests: bool
 
     def by_split(self) -> dict[str, list[Utterance]]:

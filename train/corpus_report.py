@@ -33,7 +33,10 @@ class Timings:
         """Name of a corpus -> kind of step -> seconds."""
         total: dict[str, dict[str, float]] = {}
         for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else ():
-            record = json.loads(line)
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # cut by a kill
+                continue
             steps = total.setdefault(record["name"], {})
             steps[record["kind"]] = round(steps.get(record["kind"], 0.0) + record["seconds"], 1)
         return total
@@ -53,12 +56,12 @@ def survey(corpora: Iterable[Corpus], timings: Timings) -> dict[str, Any]:
         splits = corpus.by_split()
         described[corpus.name] = {
             "kind": corpus.kind,
-            "trained": corpus.trained,
+            "encoded": corpus.encoded,
             "splits": {split: _amount(utterances) for split, utterances in splits.items() if utterances},
             **corpus.sizes(),
             "seconds": seconds.get(corpus.name, {}),
         }
-        if corpus.trained:
+        if corpus.encoded:
             trained |= heard(splits["train"], written=True)
             for task, recordings in answering(splits["train"]).items():
                 tasks[task]["train_recordings"] += len(recordings)
@@ -73,7 +76,7 @@ def survey(corpora: Iterable[Corpus], timings: Timings) -> dict[str, Any]:
         "corpora": described,
         "tasks": tasks,
         "tests": {name: _shared(utterances, trained) for name, utterances in tests.items()},
-        "untested": untested(found),
+        "untested": [name for name in untested(found) if tasks[name]["train_recordings"]],
     }
 
 

@@ -55,6 +55,12 @@ def encode_row(codec: Codec, item: Item, n_q: int, copy: int) -> dict:
     }
 
 
+def fingerprint(items: list[Item]) -> str:
+    """Of what the manifests say of the utterances: the same ids may stand for a corpus that was made anew."""
+    lines = "\n".join(item.utterance.model_dump_json() for item in items)
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+
 def start_worker() -> None:
     """Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -86,14 +92,20 @@ def encode_corpus(manifest: Path, codec_folder: Path, out: Path, n_q: int, copie
     items = [item for split in ("train", "dev", "test") for item in read_corpus([manifest], split, may_be_empty=True)]
     codec = load_codec(codec_folder)
     codec.check_n_q(n_q)
-    ids = hashlib.sha256("\n".join(item.utterance.id for item in items).encode()).hexdigest()[:16]
-    info = {"codec": codec.fingerprint(n_q), "n_q": n_q, "copies": copies, "utterances": ids, "facts": True}
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / INFO).is_file() and (out / INFO).read_bytes() != (json.dumps(info) + "\n").encode():
-        raise InputError(f"{out}: holds another manifest, or was encoded otherwise; give another --out, or remove it")
-    (out / INFO).write_text(json.dumps(info) + "\n")
     shards = {n: items[start : start + SHARD] for n, start in enumerate(range(0, len(items), SHARD))}
+    info = {
+        "codec": codec.fingerprint(n_q),
+        "n_q": n_q,
+        "copies": copies,
+        "utterances": fingerprint(items),
+        "shards": len(shards),
+    }
+    out.mkdir(parents=True, exist_ok=True)
     done = {int(path.stem) for path in out.glob("*.parquet")}
+    known = (out / INFO).read_text(encoding="utf-8") if (out / INFO).is_file() else None
+    if known != json.dumps(info) + "\n" and (known or done):
+        raise InputError(f"{out}: holds other codes: of another manifest or codec, or with other settings; remove it")
+    (out / INFO).write_text(json.dumps(info) + "\n", encoding="utf-8")
     todo = {n: shard for n, shard in shards.items() if n not in done}
     work = partial(encode_shard, codec_folder=codec_folder, n_q=n_q, copies=copies, out=out)
     with progress_bar() as bar, multiprocessing.get_context("spawn").Pool(jobs, start_worker) as pool:

@@ -125,14 +125,18 @@ def results_of(
     true = [task.read(question.answer) for question in questions]
     durations = [question.item.utterance.duration for question in questions]
     results = []
+    spoken, silent = by_speech(true, said, task)
     for metric, value in score(task, true, said, durations).items():
+        if metric == "malformed" and task.marks:
+            continue  # the segments of an answer are what could be read of it
         result = Result(name, task.name, NAMES[metric], speaker, len(questions), sum(durations), value)
-        pairs, _ = by_speech(true, said, task)
         if metric == "wer":
-            low, high = bootstrap_interval(*pairs)
-            result = replace(result, low=100 * low, high=100 * high, cer=100 * cer(*pairs))
+            low, high = bootstrap_interval(*spoken)
+            result = replace(result, clips=len(spoken[0]), low=100 * low, high=100 * high, cer=100 * cer(*spoken))
         elif metric == "bleu":
-            result = replace(result, signature=bleu(*pairs)[1])
+            result = replace(result, clips=len(spoken[0]), signature=bleu(*spoken)[1])
+        elif metric == "invented":
+            result = replace(result, clips=len(silent))
         results.append(result)
     return results
 

@@ -7,7 +7,8 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
@@ -53,6 +54,21 @@ class Meter:
         self._ids = self._positions = self._steps = 0
         self._waited = self._making = 0.0
         self._mark = time.monotonic()
+
+    def state(self) -> dict:
+        """What :meth:`restore` needs, ready for JSON."""
+        return {"asked": dict(self.asked), "drawn": dict(self.drawn)}
+
+    def restore(self, state: Mapping) -> None:
+        """Go on counting where the run that gave ``state`` was."""
+        self.asked, self.drawn = Counter(state["asked"]), Counter(state["drawn"])
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done meanwhile is no training: its time does not count."""
+        begun = time.monotonic()
+        yield
+        self._mark += time.monotonic() - begun
 
     def timed(self, batches: Iterable[TrainingBatch]) -> Iterator[TrainingBatch]:
         """The batches; the time spent waiting for them is counted."""

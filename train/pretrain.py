@@ -110,10 +110,14 @@ class Trainer:
             model=objective, optimizer=optimizer, config=config.deepspeed_config(self.world, torch.cuda.is_available())
         )
         self.step = 0
+        self.meter = Meter(self.schedule, self.world)
         if resuming:
             _, client = self.engine.load_checkpoint(str(config.out / "state"))
+            if "meter" not in client:
+                raise InputError(f"{config.out}/state: saved by an older version: start anew with another 'out'")
             self.step = client["step"]
             self.schedule.restore(client["schedule"])
+            self.meter.restore(client["meter"])
         self.validation = Validation(config, codec, self.vocabulary, self.text, self.rank, self.world)
 
     @property
@@ -165,7 +169,7 @@ class Trainer:
     def save(self) -> None:
         """State to resume from (all ranks), and a checkpoint that can be served (rank 0)."""
         state, tag = self.config.out / "state", f"step-{self.step}"
-        client = {"step": self.step, "schedule": self.schedule.state(self.step)}
+        client = {"step": self.step, "schedule": self.schedule.state(self.step), "meter": self.meter.state()}
         self.engine.save_checkpoint(str(state), tag=tag, client_state=client)
         if self.rank == 0:
             for older in state.glob("step-*"):  # kept until now: an interrupted save leaves the one before it whole
@@ -196,27 +200,28 @@ class Trainer:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopping.append(True))
         log = MetricLog(config.out) if self.rank == 0 else None
-        meter = Meter(self.schedule, self.world)
         steps = range(self.step, config.steps)
         bar = progress_bar()
         bar.disable = self.rank != 0
         with bar:
             task = bar.add_task("pretrain", total=config.steps, completed=self.step)
-            for step, batch in zip(steps, meter.timed(self.batches()), strict=True):
-                meter.add(step, batch, self.train_step(step, batch))
+            for step, batch in zip(steps, self.meter.timed(self.batches()), strict=True):
+                self.meter.add(step, batch, self.train_step(step, batch))
                 self.step = step + 1
                 last = self.step == config.steps
                 if self.step % config.log_every == 0:
                     stop = self.any_rank(bool(stopping))
                     if log:
-                        log.write(self.step, **meter.read())
+                        log.write(self.step, **self.meter.read())
                     if stop:
                         self.save()
                         return False
                 if self.step % config.save_every == 0 or last:
-                    self.save()
+                    with self.meter.paused():
+                        self.save()
                 if self.step % config.evaluate_every == 0 or last:
-                    scores = self.validation.run(self.lm)
+                    with self.meter.paused():
+                        scores = self.validation.run(self.lm)
                     if log:
                         log.write(self.step, **scores)
                         shown = "  ".join(f"{name} {value:.2f}" for name, value in scores.items())
@@ -225,7 +230,7 @@ class Trainer:
         if log:
             log.close()
             plot_metrics(log.path, self.validation.panels(), config.out / "training.png")
-            meter.plot(config.out)
+            self.meter.plot(config.out)
         return True
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
+from speechllm.data.schedule import WINDOW
 from speechllm.model import ModelConfig
 from speechllm.tasks import TASKS
 from speechllm.vocabulary import Vocabulary
@@ -26,7 +27,9 @@ class Pretraining(Settings):
         min_length=1, description="folders written by train.encode: weight within each task"
     )
     dev_corpora: list[Path]
-    tasks: dict[str, float] = Field(description="task name: weight in the mixture")
+    tasks: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(
+        min_length=1, description="task name: weight in the mixture"
+    )
     curriculum: dict[str, int] = Field({}, description="task name: step from which it is trained, if not the first")
     temperature: float = Field(5.0, ge=1, description="T: a task or corpus of n recordings counts n^(1/T)")
     start_from: Path | None = Field(None, description="checkpoint whose weights are taken as far as they fit")
@@ -56,7 +59,7 @@ class Pretraining(Settings):
     log_every: int = Field(20, ge=1)
     evaluate_every: int = Field(500, ge=1)
     save_every: int = Field(500, ge=1)
-    decode_examples: int = Field(40, ge=1, description="clips of each dev corpus decoded for WER and BLEU")
+    decode_examples: int = Field(40, ge=1, description="clips scored for each task and dev corpus")
 
     @field_validator("tasks")
     @classmethod
@@ -70,6 +73,9 @@ class Pretraining(Settings):
 
     @model_validator(mode="after")
     def _curriculum_fits(self) -> Pretraining:
+        for name, step in self.curriculum.items():
+            if not step >= 0 or -(-step // WINDOW) * WINDOW >= self.steps:  # tasks enter with a window
+                raise ValueError(f"curriculum: {name} enters at step {step} of {self.steps}: too late to be trained")
         if unknown := self.curriculum.keys() - self.tasks.keys():
             raise ValueError(f"curriculum: {', '.join(sorted(unknown))} not among the tasks")
         if self.curriculum.keys() == self.tasks.keys() and min(self.curriculum.values()) > 0:

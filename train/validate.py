@@ -1,4 +1,4 @@
-"""Validation while training: loss, the listening gap, and decoded WER and BLEU on the dev corpora."""
+"""Validation while training: of each task on each dev corpus the loss, the listening gap, and scores of answers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ class Validation:
         for dev in self.sets:
             label = f"{dev.task}_{dev.name}"
             own, foreign = self.losses(lm, dev)
-            scores[f"loss_{label}"], scores[f"gap_{label}"] = own, foreign - own
+            scores[f"loss_{label}"] = own
+            if TASKS[dev.task].listens:
+                scores[f"gap_{label}"] = foreign - own
             shares = self.gather([self.decode(lm, dev), [e.answer for e in dev.examples], dev.durations])
             said, true, durations = ([value for share in shares for value in share[n]] for n in range(3))
             read = TASKS[dev.task].read
@@ -120,10 +122,10 @@ class Validation:
         return values
 
     def panels(self) -> dict[str, list[str]]:
-        """What the plot at the end of a run shows: the losses, each task's main scores, the experts' load."""
+        """What the plot at the end of a run shows: the training losses, each task's scores, the experts' load."""
         tasks: dict[str, list[str]] = {}
         for dev in self.sets:
-            names = [name for name in SCORES[TASKS[dev.task].metric] if name not in ("accuracy", "intent_accuracy")]
+            names = SCORES[TASKS[dev.task].metric]
             tasks.setdefault(dev.task, []).extend(f"{name}_{dev.task}_{dev.name}" for name in names)
         return {
             "training loss": ["answer", "ctc", "aux"],

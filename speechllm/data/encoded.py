@@ -39,8 +39,12 @@ def read_encoded(folders: Sequence[str | Path], split: str, codec: Codec | None 
             raise InputError(f"{folder}: not an encoded corpus; make it with python -m train.encode")
         try:
             info = json.loads((folder / INFO).read_text(encoding="utf-8"))
-            if not info.get("facts"):
+            if "shards" not in info:
                 raise InputError(f"{folder}: encoded by an older version; encode it again with python -m train.encode")
+            if len(shards) != info["shards"]:
+                raise InputError(
+                    f"{folder}: {len(shards)} of {info['shards']} shards are there; go on with python -m train.encode"
+                )
             fits = codec is None or info["codec"] == codec.fingerprint(info["n_q"])
         except InputError:
             raise

@@ -10,7 +10,8 @@ from time import perf_counter
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets import Sequence as Values
 from torch import Tensor
 
 from speechllm.data.encoded import row_codes, row_facts
@@ -147,6 +148,7 @@ class Mixture:
             describe,
             fn_kwargs={"tasks": list(tasks), "vocabulary": vocabulary, "max_seconds": max_seconds},
             remove_columns=self.rows.column_names,
+            features=Features({"tasks": Values(Value("int64")), "lengths": Values(Value("float64"))}),
             keep_in_memory=True,
             load_from_cache_file=False,  # the cache would not notice that a task is another
             desc="tasks of each recording",

@@ -57,7 +57,10 @@ def read_recorded(folder: str | Path) -> list[Utterance]:
                 known = {key: record.pop(key) for key in _OWN_KEYS if key in record}
                 translations = record.pop("translation", {})
                 # A gender other than the two of the schema stays readable as a label.
-                known["segments"] = [{"speaker": None} | segment for segment in known.get("segments") or ()]
+                segments = known.get("segments") or []
+                if not (isinstance(segments, list) and all(isinstance(segment, dict) for segment in segments)):
+                    raise InputError(f"{path}, line {number}: segments are a list of objects with start and end")
+                known["segments"] = [{"speaker": None} | segment for segment in segments]
                 gender = record.pop("gender") if record.get("gender") in get_args(Gender) else None
                 labels = {key: _label(value) for key, value in record.items() if value is not None}
                 try:
@@ -91,7 +94,7 @@ def read_sentences(path: str | Path) -> list[Sentence]:
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             for number, record in read_json_lines(path, lines):
                 text = record.get("en") or record.get("text")
-                if not record.get("id") or not text:
+                if not record.get("id") or not isinstance(text, str) or not text:
                     raise InputError(f"{path}, line {number}: a sentence needs 'id', and 'en' or 'text'")
                 translations = {language: record[language] for language in _TRANSLATIONS if record.get(language)}
                 slots = _slots(record.get("slots") or [], f"{path}, line {number}")
@@ -107,7 +110,7 @@ def _slots(pairs: list[dict[str, str]], where: str) -> dict[str, str]:
     values: dict[str, str] = {}
     try:
         for pair in pairs:
-            name, value = pair["type"], pair["value"]
+            name, value = pair["type"], str(pair["value"])
             values[name] = f"{values[name]} and {value}" if name in values else value
     except (KeyError, TypeError) as error:
         raise InputError(f"{where}: slots are a list of objects with 'type' and 'value'") from error
