@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,9 @@ from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 from train import codec as train_codec
 from train import encode, synthesize
+
+# A shell that runs the tests in the background ignores Ctrl-C, and so would the programs that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT_MODEL = ROOT / "tokenizers" / "text.model"
