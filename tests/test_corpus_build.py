@@ -254,7 +254,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "language": (lambda r: r["synthesized"]["spoken"].update(language="fr"), "synthesized.spoken: "),
     "engine": (
         lambda r: r["synthesized"].update(dev={"text": "digits", "count": 1, "split": "dev", "engines": ["flite"]}),
-        "synthesized.dev: none of the engines has a voice for split dev, language en",
+        "synthesized.dev: none of the engines flite has a voice for --split dev --language en",
     ),
     "unknown engine": (lambda r: r["synthesized"]["spoken"].update(engines=["tape"]), "synthesized.spoken.engines.0: "),
     "share": (lambda r: r["unseen_sentences"].update(parrots=1.5), "unseen_sentences.parrots: "),

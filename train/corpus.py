@@ -20,7 +20,6 @@ from speechllm.codec import load_codec
 from speechllm.data.manifest import Utterance, write_manifest
 from speechllm.data.overlap import hold_out_sentences
 from speechllm.data.recorded import read_recorded
-from speechllm.data.synthesis import require_voice
 from speechllm.errors import InputError
 from train import converse, synthesize
 from train.config import read_config
@@ -52,11 +51,7 @@ class Builder:
         recipe, options = self.recipe, spoken.model_dump(exclude={"text", "count"})
         text = spoken.text if spoken.text in ("digits", "nonspeech") else str(recipe.source / spoken.text)
         plan = synthesize.prepare(text, recipe.out / name, noise=recipe.noise_for(spoken.split), **options)
-        voices = plan.voices() if text != "nonspeech" else ()
-        if text != "nonspeech" and not voices:
-            raise InputError(f"none of the engines has a voice for split {spoken.split}, language {spoken.language}")
-        for voice in voices:
-            require_voice(voice)
+        plan.require_voices()
         return plan
 
     @contextmanager

@@ -64,6 +64,18 @@ class Plan:
     def voices(self) -> list[Voice]:
         return [voice for voice in voices(self.split, self.language) if voice.engine in self.engines]
 
+    def require_voices(self) -> None:
+        """InputError when there is no voice for what is to be spoken, or one of them is not installed."""
+        if self.text == "nonspeech":
+            return
+        if not self.voices():
+            raise InputError(
+                f"none of the engines {' '.join(self.engines)} has a voice for --split {self.split} "
+                f"--language {self.language}"
+            )
+        for voice in self.voices():
+            require_voice(voice)
+
 
 def prepare(
     text: str,
@@ -180,13 +192,7 @@ def make(plan: Plan, index: int) -> Outcome:
 
 def synthesize(plan: Plan, count: int, jobs: int, console: Console) -> Counter[str]:
     """Make what is missing of utterances 0 ... count - 1, in order; counts of 'made', 'kept' and 'failed'."""
-    if plan.text != "nonspeech" and not plan.voices():
-        raise InputError(
-            f"--engine {' '.join(plan.engines)}: none of these has a voice for --split {plan.split} "
-            f"--language {plan.language}"
-        )
-    for voice in plan.voices() if plan.text != "nonspeech" else ():
-        require_voice(voice)
+    plan.require_voices()
     if plan.noise is not None:
         recorded_noise(plan.noise)
     return make_corpus(plan, make, count, jobs, console)
