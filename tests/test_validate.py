@@ -28,7 +28,7 @@ def mixture() -> Mixture:
         for frames in Random(0).sample(range(1, 80), 79)
     ]  # fmt: skip
     data = Dataset.from_list(rows, features=FEATURES)
-    return Mixture({"dev": data}, Vocabulary(TEXT.size, n_q=1, card=16), TEXT, ["transcribe"])
+    return Mixture({"dev": data}, Vocabulary(TEXT.size, n_q=1, card=16), TEXT, ["transcribe", "language"])
 
 
 @pytest.mark.parametrize("most", [1, 40, 78, 79, 500])
@@ -46,3 +46,8 @@ def test_clips_of_all_lengths_are_spread_over_the_ranks(mixture: Mixture, most: 
     ranks = [dev_set("dev", mixture, "transcribe", most, rank, 3) for rank in range(3)]
     shared = [seconds for rank in ranks for seconds in rank.durations]
     assert sorted(shared) == sorted(whole.durations)
+
+
+def test_labels_take_more_clips(mixture: Mixture) -> None:
+    assert len(dev_set("dev", mixture, "transcribe", 10, 0, 1).examples) == 10
+    assert len(dev_set("dev", mixture, "language", 10, 0, 1).examples) == 40

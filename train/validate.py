@@ -25,6 +25,7 @@ from train.pretrain_config import Pretraining
 from train.scoring import SCORES, score
 
 CHUNK = 16  # clips in one forward pass
+LABELS = 4  # times as many clips of tasks answered by a label: that takes an id or two, and shares of a few clips are noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,9 +136,9 @@ class Validation:
 
 
 def dev_set(name: str, mixture: Mixture, task: str, most: int, rank: int, world: int) -> DevSet:
-    """This rank's share of up to ``most`` clips, spread over all lengths, asked with the task's first wording."""
+    """This rank's share of up to ``most`` clips (of labels more), of all lengths, asked with the task's first wording."""
     able = mixture.pools[task][name].rows.tolist()
-    count = min(most, len(able))
+    count = min(most * LABELS if TASKS[task].metric == "accuracy" else most, len(able))
     chosen = [able[n * len(able) // count] for n in range(count)][rank::world]
     wording = TASKS[task].wordings[:1]
     examples = [mixture.example(Draw(task, row), Random(row), wording) for row in chosen]
