@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
 from typer import Typer
@@ -19,17 +21,19 @@ from typer.testing import CliRunner
 
 from speechllm.checkpoint import save_checkpoint
 from speechllm.codec import SpeechCodec, SpeechCodecConfig, save_codec
-from speechllm.data.manifest import read_manifest, write_manifest
+from speechllm.data.corpus import read_corpus
+from speechllm.data.manifest import Utterance, load_wav, read_manifest, write_manifest
 from speechllm.model import ModelConfig, make_model
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 from train import codec as train_codec
-from train import encode, synthesize
+from train import encode, import_data, synthesize
 
 # A shell that runs the tests in the background ignores Ctrl-C, and so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
+RATE = 16000  # Hz, of clips that tests make
 TEXT_MODEL = ROOT / "tokenizers" / "text.model"
 SPOKEN = (
     ("Ten men ran in the sun.", "Zehn Männer rannten in der Sonne."),
@@ -95,6 +99,39 @@ def command(main: Callable[..., None], *arguments: object) -> str:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
+
+
+def tone(seconds: float = 0.5, hertz: float = 300.0) -> np.ndarray:
+    """Samples at RATE."""
+    return (0.3 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * RATE)) / RATE)).astype(np.float32)
+
+
+def clip(path: Path, seconds: float = 0.5) -> Path:
+    """A file of audio."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, tone(seconds), RATE)
+    return path
+
+
+def table(path: Path, *lines: str, encoding: str = "utf-8", newline: str = "\n") -> Path:
+    """A text file of these lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes("".join(line + newline for line in lines).encode(encoding))
+    return path
+
+
+def imported(source: object, out: Path, *options: object) -> list[Utterance]:
+    """Import, and read the result as everything else does, each utterance with its audio."""
+    command(import_data.main, source, "--out", out, *options)
+    items = [i for split in ("train", "dev", "test") for i in read_corpus([out / "manifest.jsonl"], split, True)]  # type: ignore[arg-type]
+    utterances = read_manifest(out / "manifest.jsonl")
+    assert sorted(item.utterance.id for item in items) == sorted(u.id for u in utterances)
+    for utterance in utterances:
+        wav = load_wav(utterance, out, RATE)
+        assert abs(wav.shape[1] / RATE - utterance.duration) < 0.1
+        assert wav.abs().max() > 0.1
+    assert not list(out.glob("*.new"))
+    return utterances
 
 
 def run_program(*arguments: object) -> subprocess.CompletedProcess[str]:

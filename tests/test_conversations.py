@@ -308,7 +308,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tones: Path, tmp_path: Path) -> N
         ((tones, "--split", "nowhere"), "--split"),
         ((tones, "--max-seconds", 1), "--max-seconds"),
         ((tones, "--split", "test", "--noise", tmp_path), "test conversations have no noise"),
-        ((tones, "--noise", tmp_path / "no"), "no manifest.jsonl in this folder"),
+        ((tones, "--noise", tmp_path / "no"), "no such manifest"),
+        ((tones, "--noise", tmp_path), "no manifest.jsonl in this folder"),
         ((tones, tones), "more than one clip has this id"),
         ((tmp_path / "none.jsonl",), "no such manifest"),
     ):

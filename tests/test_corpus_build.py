@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from conftest import ROOT, SPOKEN, require_engine, write_yaml
+from conftest import ROOT, SPOKEN, command, require_engine, write_yaml
 from rich.console import Console
 from typer import Typer
 from typer.testing import CliRunner
@@ -20,11 +20,13 @@ from typer.testing import CliRunner
 from speechllm.audio import read_audio, write_audio
 from speechllm.codec import load_codec
 from speechllm.data.corpus import read_corpus
-from speechllm.data.encoded import read_encoded
-from speechllm.data.manifest import read_manifest
+from speechllm.data.encoded import read_encoded, row_facts
+from speechllm.data.manifest import read_manifest, write_manifest
 from speechllm.data.overlap import persons, sentences
 from speechllm.data.synthesis import voices
 from speechllm.tasks import TASKS
+from train import import_data
+from train.amounts import shown_time
 from train.config import read_config
 from train.corpus import Builder, main
 from train.corpus_config import Recipe
@@ -104,7 +106,11 @@ def built(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
     require_engine("espeak-ng")
     result = build(tmp_path_factory.mktemp("recipe") / "corpus.yaml", settings)
     assert result.exit_code == 0, result.output
-    assert f"{settings['out']}: 0.0 h; {settings['out'] / 'corpus.md'} says" in result.stdout
+    totals = json.loads((settings["out"] / "corpus.json").read_text())["totals"]
+    seconds = 3600 * sum(totals[f"hours_{kind}"] for kind in ("synthesized", "conversations", "recorded"))
+    assert 20 < seconds < 200
+    said = f"{settings['out']}: {shown_time(seconds)}; {settings['out'] / 'corpus.md'} says what is in it"
+    assert said in result.stdout
     return settings["out"]
 
 
@@ -147,11 +153,11 @@ def test_report(built: Path, settings: dict[str, Any]) -> None:
     assert corpora["spoken"]["splits"] == {
         "train": {
             "utterances": 4,
-            "hours": round(hours, 4),
+            "hours": round(hours, 6),
             "speakers": len(persons(spoken)),
         }
     }
-    assert corpora["people"]["splits"]["test"] == {"utterances": 1, "hours": round(1 / 3600, 4), "speakers": 1}
+    assert corpora["people"]["splits"]["test"] == {"utterances": 1, "hours": round(1 / 3600, 6), "speakers": 1}
     for name, corpus in corpora.items():
         audio = list((built / name / "audio").rglob("*.flac"))
         assert corpus["audio_bytes"] == sum(path.stat().st_size for path in audio)
@@ -184,6 +190,8 @@ def test_report(built: Path, settings: dict[str, Any]) -> None:
     }
     markdown = (built / "corpus.md").read_text()
     assert all(f"| {name} |" in markdown for name in (*corpora, *TASKS)) and "Not tested unseen: no task." in markdown
+    assert "| people | recorded | test | 1 | 1.0 s | 1 |" in markdown
+    assert " of conversations, 11.0 s recorded; " in markdown
     assert (built / "corpus.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -226,10 +234,54 @@ def test_a_task_without_a_new_test_set_is_an_error_and_reported(
     assert (built / "corpus.json").read_text() == report, "it is seen before the codes are made"
 
 
+def test_manifests_of_their_own_are_encoded_and_test_and_talk(settings: dict[str, Any], tmp_path: Path) -> None:
+    """What train.import_data and train.filter leave is trained on as it is: ids, labels and translations too."""
+    record(tmp_path / "raw", *({"speaker": name, "text": f"{name} is here.", "split": "train"} for name in "abcd"))
+    record(tmp_path / "raw-test", *({"split": "test", "speaker": f"{name}2", **WHOLE} for name in "ef"))
+    for folder in ("raw", "raw-test"):
+        rows = [json.loads(line) for line in (tmp_path / folder / "manifest.jsonl").read_text().splitlines()]
+        (tmp_path / folder / "manifest.jsonl").unlink()
+        known = {"translation": {"German": "Hallo."}, "emotion": "anger"}
+        lines = [json.dumps(row | known | {"id": f"u{n}", "duration": None}) for n, row in enumerate(rows)]
+        (tmp_path / folder / "rows.jsonl").write_text("\n".join(lines))
+        command(import_data.main, tmp_path / folder / "rows.jsonl", "--out", tmp_path / folder.replace("raw", "mine"))
+    left = read_manifest(tmp_path / "mine" / "manifest.jsonl")[1:]
+    write_manifest(tmp_path / "mine" / "filtered.jsonl", left)
+    own = {
+        "out": tmp_path / "out",
+        "source": tmp_path,
+        "noise": None,
+        "recorded": {"mine": tmp_path / "mine" / "filtered.jsonl", "tested": tmp_path / "mine-test"},
+        "synthesized": {},
+        "conversations": {"talks": {"of": ["mine"], "count": 1}},
+        "unseen_sentences": {},
+        "encoded": {"mine": 2},
+        "tests": ["tested"],
+    }
+    result = build(tmp_path / "corpus.yaml", settings | own)
+    assert result.exit_code == 0, result.output
+    assert "filtered.jsonl" not in result.stderr
+    rows = list(read_encoded([tmp_path / "out" / "codes" / "mine"], "train", load_codec(settings["codec"])))
+    assert [row["id"] for row in rows] == [f"mine/u{n}{copy}" for n in (1, 2, 3) for copy in ("", "#1")]
+    for row, utterance in zip(rows[::2], left, strict=True):
+        assert row_facts(row) == utterance.facts()
+        assert utterance.facts().labels == {"emotion": "anger"} and utterance.translations == {"de": "Hallo."}
+    assert json.loads((tmp_path / "out" / "corpus.json").read_text())["tests"]["tested"]["recordings"] == 2
+    (talk,) = read_manifest(tmp_path / "out" / "talks" / "manifest.jsonl")
+    assert talk.segments and {segment.speaker for segment in talk.segments} <= {"b", "c", "d"}
+
+    unfiltered = own | {"recorded": {"tested": tmp_path / "mine-test"}, "out": tmp_path / "out2", "conversations": {}}
+    result = build(tmp_path / "corpus.yaml", settings | unfiltered)
+    assert result.exit_code == 0, result.output
+    note = "mine: manifest.jsonl is read, not filtered.jsonl beside it; to use that, name it in 'recorded'"
+    assert result.stderr.splitlines().count(note) == 1
+    assert len(read_encoded([tmp_path / "out2" / "codes" / "mine"], "train", load_codec(settings["codec"]))) == 8
+
+
 Change = Callable[[dict[str, Any]], object]
 WRONG: dict[str, tuple[Change, str]] = {
     "encoded": (lambda r: r["encoded"].update(nobody=1), "encoded: nobody is not made by the recipe, and not recorded"),
-    "tests": (lambda r: r["tests"].append("nobody"), "/nobody/manifest.jsonl; put the set there, or correct the name"),
+    "tests": (lambda r: r["tests"].append("nobody"), "/nobody/manifest.jsonl; put the set there, name its"),
     "of": (lambda r: r["conversations"]["talks"]["of"].append("nobody"), "conversations.talks.of: nobody is not made"),
     "unseen": (lambda r: r["unseen_sentences"].update(nobody=0.5), "unseen_sentences.nobody: nobody is not made"),
     "unseen without text": (
@@ -237,6 +289,15 @@ WRONG: dict[str, tuple[Change, str]] = {
         "unseen_sentences.hiss: hiss/0.wav: has no text",
     ),
     "noise": (lambda r: r.update(noise="rain"), "noise: rain is not made by the recipe"),
+    "given": (
+        lambda r: (r.update(recorded={"mine": "no.jsonl"}), r["encoded"].update(mine=1)),
+        "recorded.mine: no.jsonl: no such manifest",
+    ),
+    "given in vain": (lambda r: r.update(recorded={"mine": "no.jsonl"}), "recorded.mine: is not used; name it in"),
+    "given and made": (
+        lambda r: r.update(recorded={"spoken": "no.jsonl"}),
+        "recorded.spoken: the recipe makes a corpus of this name",
+    ),
     "twice": (lambda r: r["unseen_sentences"].update(spoken=0.5), "spoken: the recipe makes two corpora of this name"),
     "talks of talks": (
         lambda r: r["conversations"].update(more={"of": ["talks"], "count": 1}),
@@ -341,6 +402,13 @@ def test_shipped_dev_and_test_corpora_are_not_trained_on(shipped: Recipe) -> Non
     for name, split in splits.items():
         if shipped.path(name).exists():
             assert {utterance.split for utterance in read_manifest(shipped.path(name))} == {split}
+
+
+def test_shipped_recordings_are_where_they_were(shipped: Recipe) -> None:
+    """What is made of them is known again by these paths."""
+    assert shipped.noise_for("train") == Path("../shared/data/noise") and shipped.noise_for("test") is None
+    assert str(shipped.path("digits_fsdd")) == "../shared/data/digits_fsdd"
+    assert str(shipped.path("nemo_pl")) == "data/corpus/nemo_pl/manifest.jsonl"
 
 
 def test_shipped_names_stand_for_corpora(shipped: Recipe) -> None:

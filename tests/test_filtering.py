@@ -1,6 +1,8 @@
 """Rules that drop utterances, each with a close one that is kept, and the command around them."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import soundfile
 from typer import Typer
 from typer.testing import CliRunner
 
+from speechllm.data import duplicates
 from speechllm.data.corpus import Item
-from speechllm.data.filtering import RULES, Clip, Measured, Rule, judge, measure, normalized, spoken_characters
+from speechllm.data.duplicates import distances, fingerprint, normalized
+from speechllm.data.filtering import RULES, Clip, Measured, Rule, Value, judge, measure, spoken_characters
 from speechllm.data.manifest import Utterance, read_manifest, write_manifest
 from train import filter as train_filter
 
@@ -33,7 +37,7 @@ def utterance(name: str, **known: Any) -> Utterance:
     return Utterance(**{"id": name, "split": "train", "source": "made", **given, **known})
 
 
-def value(rule: Rule, wav: np.ndarray, **known: Any) -> float | None:
+def value(rule: Rule, wav: np.ndarray, **known: Any) -> Value:
     assert rule.measure is not None
     return rule.measure(Clip(utterance("one", **known), wav, RATE))
 
@@ -47,7 +51,7 @@ def test_silence() -> None:
         found = value(RULE["silence"], wav)
         assert found == pytest.approx(frames / 50)
         assert RULE["silence"].breaks(found) is dropped
-    assert value(RULE["silence"], np.zeros(RATE, np.float32), text="") is None
+    assert value(RULE["silence"], np.zeros(RATE, np.float32), text="") == "nobody speaks"
 
 
 def test_clipping() -> None:
@@ -66,8 +70,8 @@ def test_rate() -> None:
     for text, found, dropped in (("a" * 61, 30.5, True), ("a" * 60, 30, False), ("...", 0, True), ("a", 0.5, False)):
         assert value(RULE["rate"], wav, text=text) == found
         assert RULE["rate"].breaks(found) is dropped
-    assert value(RULE["rate"], wav, text=None) is None
-    assert value(RULE["rate"], wav, text=" ") is None
+    assert value(RULE["rate"], wav, text=None) == "no text"
+    assert value(RULE["rate"], wav, text=" ") == "nobody speaks"
 
 
 @pytest.mark.parametrize(
@@ -80,16 +84,38 @@ def test_rate() -> None:
         ("Muž jde po ulici domů.", "cs", False),
         ("Мужчина идёт по улице домой.", "en", True),
         ("一个男人走在街上回家", "en", True),
+        ("Привет", "en", True),  # another script: no five words are needed
+        ("你好", "en", True),
+        ("Hello there.", "ru", True),
+        ("Sain uu.", "mn", None),  # also written so
+        ("日本語です", "ja", None),
+        ("Dobar dan.", "sr", None),
+        ("Добар дан.", "sr", None),
+        ("4 + 4", "en", None),  # no letters
         ("Ein Mann geht heim.", "en", None),  # four words
         ("Haus 4, Straße 12, Stadt 3", "en", None),  # three words and three numbers
         (GERMAN, "griko", None),
+        ("Кукушка", "griko", None),
         (GERMAN, None, None),
+        (None, "en", None),
+        (" ", "en", None),
     ],
 )
-def test_language(text: str, language: str | None, dropped: bool | None) -> None:
+def test_language(text: str | None, language: str | None, dropped: bool | None) -> None:
     found = value(RULE["language"], sound(0), text=text, language=language)
-    assert (found is None) is (dropped is None)
+    assert isinstance(found, str) is (dropped is None)
     assert RULE["language"].breaks(found) is bool(dropped)
+
+
+def test_why_a_language_is_not_judged() -> None:
+    for known, reason in (
+        ({"text": None}, "no text"),
+        ({"text": ""}, "nobody speaks"),
+        ({"language": None}, "no language"),
+        ({"text": "Four words, no more."}, "fewer than 5 words"),
+        ({"language": "griko"}, "a language that py3langid does not know"),
+    ):
+        assert value(RULE["language"], sound(0), **known) == reason
 
 
 def write(folder: Path, wavs: dict[str, np.ndarray], **known: dict[str, Any]) -> list[Item]:
@@ -117,22 +143,76 @@ def test_duplicates(tmp_path: Path) -> None:
         "again": sound(2),
         "longer": np.concatenate([wav, sound(3, 0.5)]),
         "bob": wav,
-        "other": wav,
         "tested": wav,
     }
     known: dict[str, dict[str, Any]] = {
-        "lossy": {"audio": "lossy.ogg"},
+        "lossy": {"audio": "lossy.ogg", "speaker": None},
         "same": {"text": "a man IS walking down the street"},
         "bob": {"speaker": "bob"},
-        "other": {"text": "A man is walking down the road."},
         "tested": {"split": "test"},
     }
-    twice = dict.fromkeys(("first", "same", "quieter", "lossy", "later"), ("duplicate", "of tested"))
+    twice = dict.fromkeys(("first", "same", "quieter", "lossy", "later", "bob"), ("duplicate", "of tested"))
     assert verdicts(write(tmp_path / "a", wavs, **known)) == twice
     unknown = {name: {"text": None} for name in ("first", "same", "quieter")}
     only = {name: wavs[name] for name in unknown}
     assert verdicts(write(tmp_path / "b", only, **unknown)) == {"same": ("duplicate", "of first")}
     assert normalized("  Don't STOP, 2x! ") == "don t stop 2x"
+
+
+def test_one_recording_with_two_texts(tmp_path: Path) -> None:
+    wavs = {"first": sound(1), "second": 0.3 * sound(1), "third": sound(2), "fourth": sound(2), "fifth": sound(2)}
+    wavs |= {"alone": sound(3), "quiet": sound(4), "spoken": sound(4), "unknown": sound(5), "known": sound(5)}
+    known: dict[str, dict[str, Any]] = {
+        "second": {"text": "A man is walking down the road.", "speaker": "bob"},
+        "fourth": {"text": "Two dogs run."},
+        "alone": {"text": "Two dogs run."},
+        "quiet": {"text": ""},
+        "unknown": {"text": None},
+    }
+    items = write(tmp_path, wavs, **known)
+    measured = [measure(item) for item in items]
+    found = judge(items, measured)
+    assert {d.id: (d.rule, d.note) for d in found.dropped} == {
+        "first": ("contradiction", "of second"),
+        "second": ("contradiction", "of first"),
+        "third": ("contradiction", "of fourth"),
+        "fourth": ("contradiction", "of third"),
+        "fifth": ("contradiction", "of fourth"),
+        "quiet": ("contradiction", "of spoken"),
+        "spoken": ("contradiction", "of quiet"),
+        "known": ("duplicate", "of unknown"),  # which do not contradict each other
+    }
+    assert [items[i].utterance.id for i in found.kept] == ["alone", "unknown"]
+    off = [replace(rule, low=-math.inf) if rule.name == "contradiction" else rule for rule in RULES]
+    assert {d.id for d in judge(items, measured, off).dropped} == {"fifth", "known"}
+
+
+def test_distances_are_the_same_alone_and_together() -> None:
+    waves = [sound(seed) for seed in range(3)] + [np.concatenate([np.zeros(1024, np.float32), sound(1)])]
+    prints = [fingerprint(wav, RATE) for wav in waves]
+    same = np.stack(prints[:3])
+    together = distances(same, same)
+    for i in range(3):
+        assert together[i, i] == pytest.approx(0, abs=1e-6)
+        for j in range(3):
+            assert together[i, j] == pytest.approx(distances(prints[i][None], prints[j][None]).item(), abs=1e-6)
+            assert i == j or together[i, j] > 0.2
+    assert distances(prints[3][None], same)[0].argmin() == 1
+    assert distances(prints[3][None], same)[0, 1] < 0.01
+    assert distances(prints[3][None, :3], same) == pytest.approx(np.ones((1, 3))), "lengths that do not fit"
+
+
+def test_every_pair_is_compared_however_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wavs = {f"{half}{seed}": (1 if half == "a" else 0.5) * sound(seed, 0.5) for half in "ab" for seed in range(9)}
+    known = {name: {"text": f"Sentence {name[1:]}."} for name in wavs}
+    items = write(tmp_path, wavs, **known)
+    measured = [measure(item) for item in items]
+    expected = {f"b{seed}": ("duplicate", f"of a{seed}") for seed in range(9)}
+    for block in (1, 4, 512):
+        monkeypatch.setattr(duplicates, "BLOCK", block)
+        found = judge(items, measured)
+        assert {d.id: (d.rule, d.note) for d in found.dropped} == expected
+        assert len(found.values["contradiction"]) == 18, "each is compared with those of other words"
 
 
 def test_unreadable(tmp_path: Path) -> None:
@@ -182,7 +262,14 @@ def test_command(tmp_path: Path) -> None:
     folder_of_report = tmp_path / "else" / "new-report"
     report = json.loads((folder_of_report / "report.json").read_text())
     dropped = {row["rule"]: row["dropped"] for row in report["rules"]}
-    assert dropped == {"unreadable": 0, "silence": 1, "clipping": 0, "rate": 0, "language": 1, "duplicate": 1}
+    assert dropped == {
+        "unreadable": 0, "silence": 1, "clipping": 0, "rate": 0, "language": 1, "contradiction": 0, "duplicate": 1
+    }  # fmt: skip
+    for row in report["rules"][1:5]:
+        assert row["judged"] + sum(row["not_judged"].values()) == report["read"]
+    assert {row["rule"]: row["not_judged"] for row in report["rules"]}["language"] == {"fewer than 5 words": 1}
+    assert "| 4 | 1 fewer than 5 words |" in (folder_of_report / "report.md").read_text()
+    assert "(4.0 s of 10.0 s)" in output
     assert (report["read"], report["kept"], report["dropped"]) == (5, 2, sum(dropped.values()))
     assert {u["id"]: u["rule"] for u in report["utterances"]} == {
         "twin": "duplicate", "silent": "silence", "german": "language"

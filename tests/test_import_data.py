@@ -14,20 +14,18 @@ import datasets
 import numpy as np
 import pytest
 import soundfile
-from conftest import ROOT, command, filled
+from conftest import RATE, ROOT, clip, command, filled, imported, table, tone
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, Value
 from typer import Typer
 from typer.testing import CliRunner
 
 from speechllm.codec import SpeechCodec, SpeechCodecConfig, save_codec
-from speechllm.data.corpus import Item, read_corpus
+from speechllm.data.audio_files import audio_seconds
+from speechllm.data.corpus import Item
 from speechllm.data.encoded import read_encoded, row_facts
-from speechllm.data.manifest import Utterance, load_wav, read_manifest
-from speechllm.data.sources import audio_seconds
+from speechllm.data.manifest import Utterance, read_manifest
 from speechllm.tasks import Segment
 from train import encode, import_data
-
-RATE = 16000
 
 
 @pytest.fixture(autouse=True)
@@ -37,41 +35,11 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
-def tone(seconds: float = 0.5, hertz: float = 300.0) -> np.ndarray:
-    return (0.3 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * RATE)) / RATE)).astype(np.float32)
-
-
-def clip(path: Path, seconds: float = 0.5) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, tone(seconds), RATE)
-    return path
-
-
 @cache  # Ogg files carry a random number
 def clip_bytes(container: str, seconds: float = 0.5, subtype: str | None = None) -> bytes:
     file = io.BytesIO()
     soundfile.write(file, tone(seconds), RATE, format=container, subtype=subtype)
     return file.getvalue()
-
-
-def table(path: Path, *lines: str, encoding: str = "utf-8", newline: str = "\n") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes("".join(line + newline for line in lines).encode(encoding))
-    return path
-
-
-def imported(source: object, out: Path, *options: object) -> list[Utterance]:
-    """Import, and read the result as everything else does, each utterance with its audio."""
-    command(import_data.main, source, "--out", out, *options)
-    items = [i for split in ("train", "dev", "test") for i in read_corpus([out / "manifest.jsonl"], split, True)]  # type: ignore[arg-type]
-    utterances = read_manifest(out / "manifest.jsonl")
-    assert sorted(item.utterance.id for item in items) == sorted(u.id for u in utterances)
-    for utterance in utterances:
-        wav = load_wav(utterance, out, RATE)
-        assert abs(wav.shape[1] / RATE - utterance.duration) < 0.1
-        assert wav.abs().max() > 0.1
-    assert not list(out.glob("*.new"))
-    return utterances
 
 
 def refused(source: object, out: Path, *options: object) -> str:
@@ -147,26 +115,49 @@ def test_json_lines_keep_what_a_manifest_knows(tmp_path: Path) -> None:
     rows: list[dict] = [
         {"audio": "a.ogg", "text": "", "speaker": 7, "digit": 3, "noisy": True, "tags": ["x"], "score": 0.5},
         {"audio": str(tmp_path / "a.ogg"), "segments": [{"start": 0.1, "end": 0.4, "text": "hi"}], "gender": "other"}
-        | {"slots": {"size": "big", "milk": None}, "translations": {"de": "hallo"}, "language": "griko"},
+        | {"slots": {"size": "big", "milk": None}, "translations": {"de": "hallo"}, "language": "x-Griko"},
     ]
     source = table(tmp_path / "t.jsonl", *(json.dumps(row) for row in rows))
     result = command(import_data.main, source, "--out", tmp_path / "out")
     assert "tags" in result.partition("not used")[2]
-    assert "1 with an empty text: taken as audio without speech" in result
+    assert "1 of 2 with an empty text: taken as audio without speech" in result
+    assert "1 of 2 without a language: give one by --language" in result
+    assert "without a text" not in result, "the words of one are in its segments"
     first, second = read_manifest(tmp_path / "out" / "manifest.jsonl")
     assert (first.text, first.speaker, first.labels) == ("", "7", {"digit": 3, "noisy": 1, "score": 0.5})
     assert second.segments == (Segment(None, 0.1, 0.4, "hi"),)
-    assert (second.slots, second.translations, second.language) == ({"size": "big"}, {"de": "hallo"}, "griko")
+    assert (second.slots, second.translations, second.language) == ({"size": "big"}, {"de": "hallo"}, "x-griko")
     assert (second.gender, second.labels, second.audio) == (None, {"gender": "other"}, "../a.ogg")
 
 
-def test_columns_as_told(tmp_path: Path) -> None:
-    clip(tmp_path / "a.wav")
-    source = table(tmp_path / "t.csv", "id,text,said,who,mood,file", "x,no,yes,me,sad,a.wav")
-    options = ("--columns", "text=said, speaker=who,emotion=mood,word=id,gender=")
-    (utterance,) = imported(source, tmp_path / "out", *options, "--split", "test")
-    assert (utterance.text, utterance.speaker, utterance.split) == ("yes", "me", "test")
-    assert utterance.labels == {"emotion": "sad", "word": "x", "text": "no"}
+def test_excerpts_are_cut(tmp_path: Path) -> None:
+    wav = np.random.default_rng(0).uniform(-0.5, 0.5, 2 * 8000)
+    soundfile.write(tmp_path / "long.wav", wav, 8000, subtype="PCM_16")
+    stored = soundfile.read(tmp_path / "long.wav")[0]
+    rows = (
+        "long.wav,0.25,0.75,one",
+        "long.wav,1.5,,two",
+        "long.wav,,0.5,three",
+        "long.wav,,,four",
+        "long.wav,0,2,five",
+    )
+    excerpts = imported(table(tmp_path / "t.csv", "audio,start,end,text", *rows), tmp_path / "out")
+    assert [(u.text, u.duration, u.labels) for u in excerpts] == [
+        (text, seconds, {})
+        for text, seconds in zip(("one", "two", "three", "four", "five"), (0.5, 0.5, 0.5, 2, 2), strict=True)
+    ]
+    assert [u.audio for u in excerpts] == [f"audio/000/000000{n}.flac" for n in range(3)] + ["../long.wav"] * 2
+    for utterance, part in zip(excerpts, (slice(2000, 6000), slice(12000, 16000), slice(0, 4000)), strict=False):
+        samples, rate = soundfile.read(tmp_path / "out" / utterance.audio)
+        assert rate == 8000
+        assert np.array_equal(samples, stored[part])
+    content = {"bytes": (tmp_path / "long.wav").read_bytes(), "path": None}
+    array = {"array": stored.tolist(), "sampling_rate": 8000, "path": None}
+    for name, audio in (("bytes", content), ("array", array)):
+        Dataset.from_list([{"audio": audio, "offset": 0.25, "duration": 0.5}]).save_to_disk(tmp_path / name)
+        (utterance,) = imported(tmp_path / name, tmp_path / f"out-{name}")
+        assert (utterance.duration, utterance.labels) == (0.5, {})
+        assert np.array_equal(soundfile.read(tmp_path / f"out-{name}" / utterance.audio)[0], stored[2000:6000])
 
 
 def test_audiofolder(tmp_path: Path) -> None:
@@ -253,24 +244,6 @@ def test_paths_hold_through_links(tmp_path: Path) -> None:
     assert utterance.audio == "../a.wav"
 
 
-@pytest.mark.parametrize(("named", "share", "held"), [("speaker", 0.1, 2), ("speaker", 0.9, 18), ("text", 0.01, 1)])
-def test_held_out(tmp_path: Path, named: str, share: float, held: int) -> None:
-    clip(tmp_path / "a.wav")
-    lines = [f"a.wav,{n % 20}" for n in range(60)]
-    for name, order in (("one", lines), ("two", lines[::-1])):
-        table(tmp_path / f"{name}.csv", f"audio,{named}", *order)
-    dev = []
-    for name in ("one", "two"):
-        command(import_data.main, tmp_path / f"{name}.csv", "--out", tmp_path / name, "--held-out", share)
-        utterances = read_manifest(tmp_path / name / "manifest.jsonl")
-        groups = {split: {getattr(u, named) for u in utterances if u.split == split} for split in ("train", "dev")}
-        assert len(groups["dev"]) == held
-        assert not groups["dev"] & groups["train"]
-        assert len(groups["train"]) == 20 - held
-        dev.append(groups["dev"])
-    assert dev[0] == dev[1]  # whatever the order
-
-
 def test_lengths_from_headers_and_without(tmp_path: Path) -> None:
     for container, subtype in (("WAV", None), ("FLAC", None), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None)):
         assert audio_seconds(clip_bytes(container, 0.75, subtype)) == pytest.approx(0.75, abs=0.08)
@@ -346,10 +319,34 @@ def test_bad_rows_of_a_data_set(tmp_path: Path) -> None:
         ("t.tsv", ("audio\ttext", "", "a.wav\tb\tc"), "line 3: 3 cells, the header has 2"),
         ("t.csv", ("audio,text", 'a.wav,"two', 'lines"', "a.wav"), "line 4: 1 cells, the header has 2"),
         ("t.csv", ("audio,split", "a.wav,other"), "line 2: its split is 'other'"),
-        ("t.csv", ("audio,split", "a.wav,"), "line 2: its split is None"),
         ("t.jsonl", ('{"audio": 3}',), "line 1: int is no path of an audio file"),
         ("t.jsonl", ('{"audio": "a.wav", "slots": [1]}',), "line 1: slots"),
         ("t.jsonl", ('{"audio": "a.wav", "segments": [{"start": 3, "end": 2}]}',), "line 1: record: Value error, segm"),
+        ("t.jsonl", ('{"audio": "a.wav", "segments": "a-b"}',), "line 1: segments are a list of objects"),
+        ("t.jsonl", ('{"audio": "a.wav", "text": ["a"]}',), "line 1: its text is of type list, and must be text"),
+        ("t.jsonl", ('{"audio": "a.wav", "speaker": {"name": "x"}}',), "line 1: its speaker is of type dict"),
+        ("t.jsonl", ('{"audio": "a.wav", "translation": "hallo"}',), "line 1: translations are an object of language"),
+        ("t.jsonl", ('{"audio": "a.wav", "translation": {"de": ["x"]}}',), "line 1: its translation to de is of type"),
+        ("t.jsonl", ('{"audio": "a.wav", "translation": {"xx": "y"}}',), "line 1: language 'xx' is none that is known"),
+        ("t.csv", ("audio,language", "a.wav,en", "a.wav,Enlgish"), "line 3: language 'Enlgish' is none that is known"),
+        ("t.csv", ("audio,id", "a.wav,x", "a.wav,y", "a.wav,x"), "line 4: id 'x' is that of line 2 too"),
+        (
+            "t.csv",
+            ("audio,id", "a.wav,x", "a.wav,"),
+            "line 3: has no id; give it one, or number all rows by --columns id=",
+        ),
+        (
+            "t.csv",
+            ("audio,start,end", "a.wav,0.1,0.9"),
+            "line 2: start 0.1 and end 0.9 (seconds) are not within the 0.5 s",
+        ),
+        ("t.csv", ("audio,start,end", "a.wav,0.3,0.2"), "line 2: start 0.3 and end 0.2 (seconds) are not within"),
+        ("t.csv", ("audio,start,end", "a.wav,-0.3,0.2"), "line 2: start -0.3 and end 0.2 (seconds) are not within"),
+        (
+            "t.csv",
+            ("audio,start,end", "a.wav,0:01,"),
+            "line 2: its start is '0:01', and must be in seconds; if it is no",
+        ),
         ("t.jsonl", ('{"audio": {"array": [0.1]}}',), "line 1: holds samples without a sampling_rate"),
         ("t.jsonl", ('{"audio": {"array": [], "sampling_rate": 16000}}',), "line 1: holds 0 samples"),
     ],
@@ -384,6 +381,15 @@ def test_bad_rows(tmp_path: Path, name: str, lines: tuple[str, ...], message: st
         ("t.tsv", "audio\ttext\na.wav\tx\n".encode("utf-16"), "not a UTF-8 text file"),
         ("t.jsonl", b'{"audio": "a.wav"}\n{"audio"\n', "line 2: not JSON"),
         ("t.jsonl", b"[]\n", "line 1: a JSON object is expected"),
+        ("t.csv", b'"audio";"text"\na.wav;"x"\n', "are separated by commas, and its first line has semicolons instead"),
+        ("t.csv", b"audio|text\na.wav|x\n", "first line has bars instead; save it with commas as .csv, or with tabs"),
+        ("t.csv", b"audio\ttext\na.wav\tx\n", "are separated by commas, and its first line has tabs instead"),
+        ("t.tsv", b"audio,text\na.wav,x\n", "of a .tsv file are separated by tabs, and its first line has commas"),
+        (
+            "t.csv",
+            b"audio,translation_de,translation.German\na.wav,x,y\n",
+            "'translation_de' and 'translation.German' are both translations to de: leave one out by --columns",
+        ),
         ("t.xlsx", b"PK", "give a .csv, .tsv, .jsonl or .parquet file"),
         ("t.parquet", b"PK", "cannot be opened as a data set"),
     ],
@@ -419,6 +425,8 @@ def test_sources_that_are_not_there(tmp_path: Path, source: str, message: str) -
         (("--columns", "text=words"), "there are: audio, text, speaker"),
         (("--columns", "text=text,text=audio"), "--columns: text is given twice"),
         (("--columns", "audio="), "no column of audio found"),
+        (("--columns", "mood="), "--columns mood=: no column mood in"),
+        (("--language", "xx"), "error: --language 'xx' is none that is known: give its ISO 639 code"),
         (("--held-out", "1"), "--held-out 1: give a share between 0 and 1"),
         (("--held-out", "0.5"), "--held-out: there is one speaker only: add --columns speaker="),
         (("--held-out", "0.5", "--columns", "speaker="), "--held-out: there is one sentence only"),
@@ -439,7 +447,7 @@ def test_splits_of_their_own_are_not_overruled(tmp_path: Path) -> None:
     assert "--split: column 'split' has the splits" in refused(source, tmp_path / "out", "--split", "train")
     assert "--held-out: column 'split' has" in refused(source, tmp_path / "out", "--held-out", "0.1")
     (utterance,) = imported(source, tmp_path / "out", "--columns", "split=", "--split", "train")
-    assert utterance.labels == {"split": "test"}
+    assert (utterance.labels, utterance.split) == ({}, "train")
     data = Dataset.from_list([{"audio": str(tmp_path / "a.wav")}])
     DatasetDict({"train": data, "test": data, "odd": data}).save_to_disk(tmp_path / "odd")
     assert "split 'odd' is none of train" in refused(tmp_path / "odd", tmp_path / "out2")

@@ -108,8 +108,14 @@ def test_numbers(manifest: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert '<answer> ⟦"Zwei Hunde rennen." <end>⟧' in examples["translate_de"]
     assert "(50 codes)" in examples["translate_de"]
     assert examples["translate_text_de"].startswith('<audio_begin> <audio_end> "Translate to German: Two dogs run."')
+    shown = {line.split()[1] for line in output.splitlines() if line.startswith("│")}
+    assert TASKS.keys() <= shown, "also those that nothing answers"
+    assert all(f"| {name} |" in (out / "inspect.md").read_text() for name in TASKS)
+    assert "3 utterances, 6.0 s" in output and "| en | 3 | 6.0 s |" in (out / "inspect.md").read_text()
     assert all((out / f"{name}.png").stat().st_size > 1000 for name in ("durations", "sequences", "tasks"))
 
+    code, of_folder = run(manifest.parent, *tools, "--examples", 7)
+    assert (code, of_folder) == (0, output)
     before = sorted(tmp_path.iterdir())
     code, again = run(manifest, *tools, "--examples", 0)
     assert code == 0, again

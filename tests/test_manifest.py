@@ -9,8 +9,9 @@ import pytest
 import soundfile
 import torch
 
+from speechllm.data.corpus import Item, read_corpus, read_utterances
 from speechllm.data.manifest import Utterance, append, load_wav, read_manifest, write_manifest
-from speechllm.data.recorded import read_recorded, read_sentences
+from speechllm.data.recorded import Sentence, read_recorded, read_sentences
 from speechllm.errors import InputError
 from speechllm.tasks import Segment
 
@@ -105,7 +106,7 @@ def test_read_recorded_maps_a_sets_own_keys(tmp_path: Path) -> None:
         | {"segments": [{"speaker": "a", "start": 0, "end": 1.5}, {"start": 1, "end": 2}], "noise": ["dog"]},
     ]
     (folder / "manifest.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    digit, command = read_recorded(folder)
+    digit, command = read_recorded(folder / "manifest.jsonl")
     assert (digit.id, digit.source, digit.split, digit.gender) == ("some_set/0.opus", "some_set", "dev", "male")
     assert (digit.tar, digit.tar_offset, digit.tar_size, digit.labels) == ("dev.tar", 512, 9, {"digit": 0})
     assert command.translations == {"en": "hi"}
@@ -117,6 +118,61 @@ def test_read_recorded_maps_a_sets_own_keys(tmp_path: Path) -> None:
     assert command.labels["complete"] == 1
     assert command.labels["source"] == "a site"
     assert command.labels["gender"] == "prefer not to say"
+
+
+def test_a_folder_and_its_manifest_are_the_same_in_either_schema(tmp_path: Path) -> None:
+    ours, recorded = tmp_path / "ours", tmp_path / "recorded"
+    for folder in (ours, recorded):
+        folder.mkdir()
+    whole = utterance(id="x", labels={"emotion": "anger"}, translations={"de": "gelb"}, text="yellow")
+    second = utterance(id="y", text="green", labels={"digit": 3})  # of the same file
+    write_manifest(ours / "manifest.jsonl", [whole, second])
+    (recorded / "manifest.jsonl").write_text('{"audio": "a.flac", "duration": 1, "split": "dev", "emotion": "anger"}\n')
+    assert read_utterances(ours) == read_utterances(ours / "manifest.jsonl") == [whole, second]
+    (flat,) = read_utterances(recorded)
+    assert (flat.id, flat.source, flat.labels) == ("recorded/a.flac", "recorded", {"emotion": "anger"})
+    assert read_utterances(recorded / "manifest.jsonl") == [flat]
+    assert read_corpus([ours, recorded / "manifest.jsonl"], "train") == [Item(whole, ours), Item(second, ours)]
+    assert read_corpus([ours / "manifest.jsonl", recorded], "dev") == [Item(flat, recorded)]
+    (ours / "manifest.jsonl").write_text("")
+    assert read_utterances(ours) == []
+    (ours / "manifest.jsonl").unlink()
+    with pytest.raises(InputError, match=r"ours: no manifest\.jsonl in this folder"):
+        read_utterances(ours)
+
+
+def test_two_rows_of_a_recorded_set_cannot_name_one_file(tmp_path: Path) -> None:
+    line = '{"audio": "a.flac", "duration": 1, "split": "dev"}\n'
+    (tmp_path / "manifest.jsonl").write_text(line + "\n" + line)
+    with pytest.raises(InputError, match=r"manifest\.jsonl, line 3: audio 'a\.flac' is already on line 1; rows of one"):
+        read_utterances(tmp_path)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_sentences_of_plain_text_and_of_files_that_are_not_packed(tmp_path: Path, packed: bool) -> None:
+    write = gzip.compress if packed else bytes
+    end = ".gz" if packed else ""
+    (tmp_path / f"a.txt{end}").write_bytes(write("Žluťoučký kůň.\n\n  Druhá věta. \n".encode()))
+    spoken = read_sentences(tmp_path / f"a.txt{end}", "cs")
+    assert spoken == [Sentence("1", "Žluťoučký kůň.", language="cs"), Sentence("3", "Druhá věta.", language="cs")]
+    assert spoken[0].texts() == {"cs": "Žluťoučký kůň."}
+    (tmp_path / f"a.jsonl{end}").write_bytes(write(b'{"id": "c0", "en": "A dog.", "de": "Ein Hund."}\n'))
+    (caption,) = read_sentences(tmp_path / f"a.jsonl{end}", "de")
+    assert caption.texts() == {"en": "A dog.", "de": "Ein Hund."}
+    (tmp_path / f"a.txt{end}").write_bytes(write(b"\n"))
+    with pytest.raises(InputError, match="holds no sentences"):
+        read_sentences(tmp_path / f"a.txt{end}")
+    (tmp_path / f"a.jsonl{end}").write_bytes(write("žluť".encode("cp1250")))
+    with pytest.raises(InputError, match="not a UTF-8 text file; save it as UTF-8"):
+        read_sentences(tmp_path / f"a.jsonl{end}")
+
+
+def test_a_damaged_packed_file_is_named(tmp_path: Path) -> None:
+    whole = gzip.compress(b'{"id": "c0", "en": "A dog."}\n' * 99)
+    for damaged in (whole[:-9], whole[:20] + b"xxx" + whole[23:]):
+        (tmp_path / "a.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(InputError, match=r"a\.jsonl\.gz: a gzipped file that is damaged"):
+            read_sentences(tmp_path / "a.jsonl.gz")
 
 
 def test_read_sentences(tmp_path: Path) -> None:

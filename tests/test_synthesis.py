@@ -251,6 +251,9 @@ def test_command_is_resumable(tmp_path: Path) -> None:
     assert [utterance.id for utterance in utterances] == [f"digits/{index}" for index in range(5)]
     assert all(set(str(utterance.text).split()) <= set(DIGITS) for utterance in utterances)
     assert indices_done(out / "manifest.jsonl") == set(range(5))
+    code, output = command(*arguments, "2")
+    assert code == 0
+    assert "0 made, 5 kept from before, 0 failed; 3 are beyond --count, and stay in the manifest" in output
     code, output = command("--text", "digits", "--seed", "4", "--out", str(out), *ENGINES, "--count", "9")
     assert code == 2
     assert "a corpus made with other settings is here" in output
@@ -286,6 +289,19 @@ def test_captions_are_spoken_in_the_language_asked_for(tmp_path: Path, captions:
     code, output = command("--text", "digits", "--language", "de", "--count", "1", "--out", str(tmp_path / "d"))
     assert code == 2
     assert "spoken in English only" in output
+
+
+def test_lines_of_a_text_are_spoken_in_the_language_asked_for(tmp_path: Path) -> None:
+    require_engine("espeak-ng")
+    (tmp_path / "own.txt").write_text("Ein Hund bellt.\n\nEs regnet.\n")
+    command_line = ("--text", str(tmp_path / "own.txt"), "--engine", "espeak", "--jobs", "1", "--count", "2")
+    assert command(*command_line, "--out", str(tmp_path / "de"), "--language", "de")[0] == 0
+    utterances = read_manifest(tmp_path / "de" / "manifest.jsonl")
+    assert {(u.labels["sentence_id"], u.text, u.language) for u in utterances} == {
+        ("1", "Ein Hund bellt.", "de"),
+        ("3", "Es regnet.", "de"),
+    }
+    assert all(u.translations == {} for u in utterances)
 
 
 def test_nonspeech_has_an_empty_text_and_no_speaker(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def make(plan: Plan, index: int) -> Outcome:
 
 
 def main(
-    manifests: Annotated[list[Path], typer.Argument(help="Manifests, or folders of recorded sets, with speakers")],
+    manifests: Annotated[list[Path], typer.Argument(help="Manifests with speakers, or their folders")],
     out: Annotated[Path, typer.Option(help="Folder for audio/ and manifest.jsonl; an earlier run there is continued")],
     count: Annotated[int, typer.Option(min=1, help="Number of conversations")],
     split: Annotated[Split, typer.Option(help="Whose speakers talk")] = "train",

@@ -17,11 +17,12 @@ import typer
 from rich.console import Console
 
 from speechllm.codec import load_codec
+from speechllm.data.corpus import FILTERED, MANIFEST, manifest_of, read_utterances
 from speechllm.data.manifest import Utterance, write_manifest
 from speechllm.data.overlap import hold_out_sentences
-from speechllm.data.recorded import read_recorded
 from speechllm.errors import InputError
 from train import converse, synthesize
+from train.amounts import shown_time
 from train.config import read_config
 from train.corpus_config import Conversations, Recipe, Synthesis, naming
 from train.corpus_report import Timings, survey, write_report
@@ -85,9 +86,10 @@ class Builder:
 
     def keep_for_test(self, name: str, share: float) -> None:
         """A manifest of a recorded set in which ``share`` of the sentences occur in the test split, and there alone."""
-        recipe, folder = self.recipe, self.recipe.source / name
+        recipe, recording = self.recipe, self.recipe.recording(name)
+        folder = manifest_of(recording).parent
         recipe.path(name).parent.mkdir(parents=True, exist_ok=True)
-        left = hold_out_sentences(read_recorded(folder), share)
+        left = hold_out_sentences(read_utterances(recording), share)
         write_manifest(recipe.path(name), [placed(utterance, folder) for utterance in left])
 
     def converse(self, name: str, talks: Conversations) -> None:
@@ -113,6 +115,13 @@ class Builder:
         """
         recipe = self.recipe
         recipe.check()
+        for name in recipe.unfiltered():
+            self.console.print(
+                f"{name}: {MANIFEST} is read, not {FILTERED} beside it; to use that, name it in 'recorded'",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
         if not audio_only:
             with naming("codec"):
                 load_codec(recipe.codec).check_n_q(recipe.n_q)
@@ -144,7 +153,7 @@ def main(
         recipe = read_config(config, Recipe)
         totals = Builder(recipe, Console(stderr=True)).build(audio_only)["totals"]
     hours = sum(value for name, value in totals.items() if name.startswith("hours"))
-    typer.echo(f"{recipe.out}: {hours:.1f} h; {recipe.out / 'corpus.md'} says what is in it")
+    typer.echo(f"{recipe.out}: {shown_time(3600 * hours)}; {recipe.out / 'corpus.md'} says what is in it")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from speechllm.data.manifest import Split, Utterance, read_manifest
+from speechllm.data.corpus import FILTERED, MANIFEST, read_utterances
+from speechllm.data.manifest import Split, Utterance
 from speechllm.data.overlap import hold_out_sentences
-from speechllm.data.recorded import read_recorded
 from speechllm.data.synthesis import Engine
 from speechllm.errors import InputError
 from train.config import Settings
@@ -25,7 +25,7 @@ Copies = Annotated[int, Field(ge=1)]
 
 @dataclass(frozen=True)
 class Corpus:
-    """One corpus of a recipe. ``path`` is its manifest or the folder of a recorded set, ``codes`` where these are.
+    """One corpus of a recipe. ``path`` is its manifest or the folder of that, ``codes`` where these are.
 
     The train split of an ``encoded`` one is trained on, the test split of one that ``tests`` is what tests.
     """
@@ -40,7 +40,7 @@ class Corpus:
     def by_split(self) -> dict[str, list[Utterance]]:
         """Its utterances; InputError when the manifest is missing or damaged."""
         splits: dict[str, list[Utterance]] = {split: [] for split in get_args(Split)}
-        for utterance in read_recorded(self.path) if self.path.is_dir() else read_manifest(self.path):
+        for utterance in read_utterances(self.path):
             splits[utterance.split].append(utterance)
         return splits
 
@@ -74,7 +74,10 @@ class Conversations(Settings):
 
 
 class Recipe(Settings):
-    """The YAML file. A corpus is called by its name: that of a recorded set, or of one made by the recipe."""
+    """The YAML file. A corpus is called by its name: that of a recorded set, or of one made by the recipe.
+
+    A recorded set is the manifest that ``recorded`` gives for its name, else the folder of that name in ``source``.
+    """
 
     out: Path
     source: Path
@@ -82,6 +85,7 @@ class Recipe(Settings):
     n_q: int = Field(1, ge=1)
     jobs: int = Field(2, ge=1)
     noise: str | None = Field(None, description="recorded set that is mixed into train utterances")
+    recorded: dict[str, Path] = Field(default_factory=dict, description="name: a manifest, or the folder of one")
     synthesized: dict[str, Synthesis] = Field(default_factory=dict)
     conversations: dict[str, Conversations] = Field(default_factory=dict)
     unseen_sentences: dict[str, Share] = Field(default_factory=dict)
@@ -89,13 +93,22 @@ class Recipe(Settings):
     tests: list[str] = Field(default_factory=list)
 
     def path(self, name: str) -> Path:
-        """The manifest made by the recipe, or the folder of the recorded set."""
+        """The manifest made by the recipe, or the recorded set."""
         made = {*self.synthesized, *self.conversations, *self.unseen_sentences}
-        return self.out / name / "manifest.jsonl" if name in made else self.source / name
+        return self.out / name / MANIFEST if name in made else self.recording(name)
+
+    def recording(self, name: str) -> Path:
+        """A recorded set as it is: a manifest, or the folder of one."""
+        return self.recorded.get(name, self.source / name)
 
     def noise_for(self, split: Split) -> Path | None:
         """Only what trains has noise."""
-        return self.source / self.noise if self.noise and split == "train" else None
+        return self.recording(self.noise) if self.noise and split == "train" else None
+
+    def unfiltered(self) -> list[str]:
+        """Sets in folders that hold a filtered manifest too, which is not what is read."""
+        names = [corpus.name for corpus in self.corpora() if corpus.kind == "recorded"]
+        return [name for name in names if (self.recording(name) / FILTERED).is_file()]
 
     def corpora(self) -> list[Corpus]:
         """Everything that is made, then the recorded sets in the order of their use."""
@@ -118,11 +131,17 @@ class Recipe(Settings):
         made = [*self.synthesized, *self.conversations, *self.unseen_sentences]
         if twice := [name for name, times in Counter(made).items() if times > 1]:
             raise InputError(f"{twice[0]}: the recipe makes two corpora of this name; rename one")
+        used = {corpus.name for corpus in self.corpora() if corpus.kind == "recorded"} | {self.noise}
+        for name in self.recorded:
+            if name in self.synthesized or name in self.conversations:
+                raise InputError(f"recorded.{name}: the recipe makes a corpus of this name; rename one")
+            if name not in used:
+                raise InputError(f"recorded.{name}: is not used; name it in encoded, tests or conversations too")
         if self.noise is not None:
-            self.recorded("noise", self.noise)
+            self.recordings("noise", self.noise)
         for name, share in self.unseen_sentences.items():
             setting = f"unseen_sentences.{name}"
-            utterances = self.recorded(setting, name)
+            utterances = self.recordings(setting, name)
             with naming(setting):
                 hold_out_sentences(utterances, share)
         for name, talks in self.conversations.items():
@@ -140,19 +159,22 @@ class Recipe(Settings):
         if name in self.unseen_sentences:
             return  # has a train and a test split
         plan = self.synthesized.get(name) or self.conversations.get(name)
-        splits = {plan.split} if plan else {utterance.split for utterance in self.recorded(setting, name)}
+        splits = {plan.split} if plan else {utterance.split for utterance in self.recordings(setting, name)}
         if split and split not in splits:
             raise InputError(f"{setting}: {name} has no {split} recordings")
 
-    def recorded(self, setting: str, name: str) -> list[Utterance]:
+    def recordings(self, setting: str, name: str) -> list[Utterance]:
         """What is in a recorded set; InputError when it is not there."""
+        if name in self.recorded:
+            with naming(f"recorded.{name}"):
+                return read_utterances(self.recorded[name])
         folder = self.source / name
-        if not (folder / "manifest.jsonl").is_file():
+        if not (folder / MANIFEST).is_file():
             raise InputError(
-                f"{setting}: {name} is not made by the recipe, and not recorded: there is no {folder}/manifest.jsonl; "
-                "put the set there, or correct the name"
+                f"{setting}: {name} is not made by the recipe, and not recorded: there is no {folder / MANIFEST}; "
+                "put the set there, name its manifest in 'recorded', or correct the name"
             )
-        return read_recorded(folder)
+        return read_utterances(folder)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import matplotlib
 from speechllm.data.manifest import Utterance
 from speechllm.data.overlap import Heard, answering, heard, persons, trials, untested
 from speechllm.tasks import TASKS
+from train.amounts import shown_time
 from train.corpus_config import Corpus, Kind
 
 matplotlib.use("Agg")
@@ -82,7 +83,7 @@ def survey(corpora: Iterable[Corpus], timings: Timings) -> dict[str, Any]:
 
 def _amount(utterances: Sequence[Utterance]) -> dict[str, float]:
     hours = sum(utterance.duration for utterance in utterances) / 3600
-    return {"utterances": len(utterances), "hours": round(hours, 4), "speakers": len(persons(utterances) - {None})}
+    return {"utterances": len(utterances), "hours": round(hours, 6), "speakers": len(persons(utterances) - {None})}
 
 
 def _hours(corpus: dict[str, Any]) -> float:
@@ -95,7 +96,7 @@ def _totals(corpora: Iterable[dict[str, Any]]) -> dict[str, float]:
         totals[f"hours_{corpus['kind']}"] += _hours(corpus)
         totals["seconds"] += sum(corpus["seconds"].values())
         totals["bytes"] += corpus["audio_bytes"] + corpus["codes_bytes"]
-    return {name: round(total, 4) for name, total in totals.items()}
+    return {name: round(total, 6) for name, total in totals.items()}
 
 
 def _shared(utterances: Sequence[Utterance], trained: Heard) -> dict[str, int]:
@@ -121,15 +122,17 @@ def _corpus_rows(name: str, corpus: dict[str, Any]) -> Iterable[list[object]]:
     rest = [*sizes, steps.get("synthesize", 0) + steps.get("converse", 0), steps.get("encode", 0)]
     shown = [f"{number:.1f}" if number else "" for number in rest]
     for split, amount in corpus["splits"].items():
-        yield [name, corpus["kind"], split, amount["utterances"], f"{amount['hours']:.2f}", amount["speakers"], *shown]
+        length = shown_time(3600 * amount["hours"])
+        yield [name, corpus["kind"], split, amount["utterances"], length, amount["speakers"], *shown]
         shown = [""] * len(shown)
 
 
 def as_markdown(report: dict[str, Any]) -> str:
     """Totals, and tables of corpora, tasks and test sets."""
     totals, tests = report["totals"], report["tests"]
+    length = {kind: shown_time(3600 * totals[f"hours_{kind}"]) for kind in get_args(Kind)}
     corpora = [row for name, corpus in report["corpora"].items() for row in _corpus_rows(name, corpus)]
-    columns = ("corpus", "kind", "split", "utterances", "hours", "speakers", "audio, MB", "codes, MB")
+    columns = ("corpus", "kind", "split", "utterances", "length", "speakers", "audio, MB", "codes, MB")
     tasks = []
     for task, of in report["tasks"].items():
         groups: dict[bool, list[str]] = {True: [], False: []}
@@ -140,9 +143,9 @@ def as_markdown(report: dict[str, Any]) -> str:
     counts = ("test set", "recordings", "persons", "shared persons", "sentences", "shared sentences")
     parts = [
         "# What is in the corpus",
-        f"{totals['hours_synthesized']:.1f} h synthesized, {totals['hours_conversations']:.1f} h of conversations, "
-        f"{totals['hours_recorded']:.1f} h recorded; {totals['seconds'] / 3600:.2f} h of work, "
-        f"{totals['bytes'] / 1e6:.0f} MB made. Speakers are persons: several synthetic voices may be one.",
+        f"{length['synthesized']} synthesized, {length['conversations']} of conversations, {length['recorded']} "
+        f"recorded; {shown_time(totals['seconds'])} of work, {totals['bytes'] / 1e6:.0f} MB made. "
+        "Speakers are persons: several synthetic voices may be one.",
         _table((*columns, "made in, s", "encoded in, s"), corpora),
         "Test sets with answers for a task, first those of new speakers (where the task has audio) and new sentences:",
         _table(("task", "train recordings", "test sets, unseen", "other test sets, and why"), tasks),
@@ -154,14 +157,14 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], out: Path) -> None:
-    """Bars: hours of every corpus, train recordings of every task."""
+    """Bars: how long every corpus is, train recordings of every task."""
     corpora = report["corpora"]
     height = 1.2 + 0.22 * max(len(corpora), len(TASKS))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, height))
     for number, kind in enumerate(get_args(Kind)):
         hours = {name: _hours(corpus) for name, corpus in corpora.items() if corpus["kind"] == kind}
         bars = left.barh(list(hours), list(hours.values()), color=f"C{number}", label=kind if hours else None)
-        left.bar_label(bars, fmt="%.1f", padding=3, fontsize=7)
+        left.bar_label(bars, [shown_time(3600 * length) for length in hours.values()], padding=3, fontsize=7)
     left.set(xlabel="hours")
     left.legend(fontsize=8)
     counts = {task: of["train_recordings"] for task, of in report["tasks"].items()}

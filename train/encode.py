@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -21,6 +20,7 @@ from speechllm.data.encoded import INFO, stretched, write_facts
 from speechllm.data.perturb import vary
 from speechllm.errors import InputError
 from train.loop import progress_bar
+from train.workers import worker_pool
 
 SHARD = 500  # utterances in a file; what an interruption can lose
 FEATURES = Features(
@@ -42,7 +42,7 @@ def encode_row(codec: Codec, item: Item, n_q: int, copy: int) -> dict:
     facts, samples = known.facts(), wav.shape[-1]
     if copy:
         wav = vary(wav, codec.sample_rate, Random(f"{known.id} {copy}"))
-        facts = stretched(facts, wav.shape[-1] / samples)
+        facts = replace(stretched(facts, wav.shape[-1] / samples), gender=None)  # higher or lower, it may be any
     codes = codec.encode(wav, n_q=n_q)
     return {
         "id": known.id if not copy else f"{known.id}#{copy}",
@@ -61,11 +61,6 @@ def fingerprint(items: list[Item]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
-def start_worker() -> None:
-    """Ctrl-C is the parent's to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def encode_shard(number: int, items: list[Item], codec_folder: Path, n_q: int, copies: int, out: Path) -> int:
     """Write one shard, whole or not at all; returns its number of utterances."""
     torch.set_num_threads(1)
@@ -82,7 +77,7 @@ def encode_shard(number: int, items: list[Item], codec_folder: Path, n_q: int, c
 
 
 def encode_corpus(manifest: Path, codec_folder: Path, out: Path, n_q: int, copies: int, jobs: int) -> int:
-    """Encode every utterance of ``manifest`` (a manifest or a recorded set's folder) that is not in ``out`` yet.
+    """Encode every utterance of ``manifest`` (a manifest, or its folder) that is not in ``out`` yet.
 
     Returns how many that were.
 
@@ -108,7 +103,7 @@ def encode_corpus(manifest: Path, codec_folder: Path, out: Path, n_q: int, copie
     (out / INFO).write_text(json.dumps(info) + "\n", encoding="utf-8")
     todo = {n: shard for n, shard in shards.items() if n not in done}
     work = partial(encode_shard, codec_folder=codec_folder, n_q=n_q, copies=copies, out=out)
-    with progress_bar() as bar, multiprocessing.get_context("spawn").Pool(jobs, start_worker) as pool:
+    with progress_bar() as bar, worker_pool(jobs) as pool:
         task = bar.add_task(f"encode {manifest}", total=len(items))
         bar.advance(task, sum(len(shards[n]) for n in done))
         results = [pool.apply_async(work, (n, shard)) for n, shard in todo.items()]
@@ -118,7 +113,7 @@ def encode_corpus(manifest: Path, codec_folder: Path, out: Path, n_q: int, copie
 
 
 def main(
-    manifest: Annotated[Path, typer.Argument(help="a manifest.jsonl, or the folder of a recorded set")],
+    manifest: Annotated[Path, typer.Argument(help="a manifest.jsonl, or its folder")],
     out: Annotated[Path, typer.Option(help="folder for the shards; what is there already is kept")],
     codec: Annotated[Path, typer.Option(help="codec folder")] = Path("tokenizers/codec"),
     n_q: Annotated[int, typer.Option(help="codebooks to keep", min=1)] = 1,

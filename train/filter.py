@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -20,12 +19,13 @@ import torch
 import typer
 from rich.console import Console
 
-from speechllm.data.corpus import Item, read_corpus
+from speechllm.data.corpus import FILTERED, Item, manifest_of, read_corpus
 from speechllm.data.filtering import RULES, UNREADABLE, Measured, Rule, Verdicts, judge, measure
 from speechllm.data.manifest import Utterance, write_manifest
 from speechllm.errors import InputError
-from train.encode import start_worker
+from train.amounts import shown_time
 from train.loop import progress_bar
+from train.workers import worker_pool
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -65,10 +65,7 @@ def measure_all(items: Sequence[Item], jobs: int, title: str) -> list[Measured]:
     """Every utterance measured, in order, by ``jobs`` processes."""
     chunks = [list(items[start : start + CHUNK]) for start in range(0, len(items), CHUNK)]
     measured: list[Measured] = []
-    with (
-        progress_bar(Console(stderr=True)) as bar,
-        multiprocessing.get_context("spawn").Pool(jobs, start_worker) as pool,
-    ):
+    with progress_bar(Console(stderr=True)) as bar, worker_pool(jobs) as pool:
         task = bar.add_task(title, total=len(items))
         for result in pool.imap(measure_chunk, chunks):
             measured += result
@@ -104,6 +101,7 @@ def summary(manifest: Path, out: Path, items: Sequence[Item], verdicts: Verdicts
                 "low": low,
                 "high": high,
                 "judged": len(verdicts.values[name]) if name in verdicts.values else len(items),
+                "not_judged": verdicts.unjudged.get(name, {}),
                 "breaking": verdicts.broken[name],
                 "dropped": counts[name],
                 "share": counts[name] / len(items),
@@ -129,12 +127,12 @@ def kept_of(items: Sequence[Item], verdicts: Verdicts) -> list[Utterance]:
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as a table with a few examples of each rule."""
+    kept, read = (shown_time(3600 * report[f"hours_{which}"]) for which in ("kept", "read"))
     lines = [
-        f"Kept {report['kept']} of {report['read']} utterances "
-        f"({report['hours_kept']:.2f} of {report['hours_read']:.2f} h) of {report['manifest']}.\n",
+        f"Kept {report['kept']} of {report['read']} utterances ({kept} of {read}) of {report['manifest']}.\n",
         "What breaks several rules is dropped by the first of them: *dropped* adds up, *breaking* need not.\n",
-        "| rule | measured | kept | judged | breaking | dropped | share | examples |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| rule | measured | kept | judged | not judged, and why | breaking | dropped | share | examples |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in report["rules"]:
         low, high = (f"{row[side]:g}" if row[side] is not None else "" for side in ("low", "high"))
@@ -149,6 +147,7 @@ def as_markdown(report: dict[str, Any]) -> str:
             row["measured"],
             "readable" if row["rule"] == UNREADABLE else bounds,
             str(row["judged"]),
+            "; ".join(f"{count} {reason}" for reason, count in row["not_judged"].items()),
             str(row["breaking"]),
             str(row["dropped"]),
             f"{100 * row['share']:.2f} %",
@@ -181,11 +180,11 @@ def filter_corpus(manifest: Path, out: Path, folder: Path, jobs: int, rules: Seq
     Raises:
         InputError: the manifest cannot be read or holds nothing, or ``out`` is the manifest itself.
     """
-    source = manifest / "manifest.jsonl" if manifest.is_dir() else manifest
+    source = manifest_of(manifest)
     if out.resolve() == source.resolve():
         raise InputError(f"--out {out}: is what is filtered; give another name, the original is kept")
     if out.is_dir():
-        raise InputError(f"--out {out}: is a folder; name the new manifest, e.g. {out / 'filtered.jsonl'}")
+        raise InputError(f"--out {out}: is a folder; name the new manifest, e.g. {out / FILTERED}")
     items = [item for split in ("train", "dev", "test") for item in read_corpus([manifest], split, may_be_empty=True)]
     if not items:
         raise InputError(f"{manifest}: holds no utterance")
@@ -211,8 +210,8 @@ def filter_corpus(manifest: Path, out: Path, folder: Path, jobs: int, rules: Seq
 
 
 def main(
-    manifest: Annotated[Path, typer.Argument(help="a manifest.jsonl, or the folder of a recorded set")],
-    out: Annotated[Path | None, typer.Option(help="new manifest; default: filtered.jsonl beside the original")] = None,
+    manifest: Annotated[Path, typer.Argument(help="a manifest.jsonl, or its folder")],
+    out: Annotated[Path | None, typer.Option(help=f"new manifest; default: {FILTERED} beside the original")] = None,
     report: Annotated[Path | None, typer.Option(help="folder of the report; default: beside the new manifest")] = None,
     bound: Annotated[
         list[str] | None,
@@ -222,7 +221,7 @@ def main(
 ) -> None:
     """Drop utterances that are unreadable, silent, clipped, mislabelled or there twice; says what and why."""
     try:
-        out = out or (manifest if manifest.is_dir() else manifest.parent) / "filtered.jsonl"
+        out = out or manifest_of(manifest).parent / FILTERED
         folder = report or out.parent / f"{out.stem}-report"
         typer.echo(filter_corpus(manifest, out, folder, jobs, read_bounds(bound or [])))
         typer.echo(f"{out}\n{folder}")

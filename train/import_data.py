@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from speechllm.data.imports import Columns, Importer, find_columns, hold_out, parse_columns, split_of
+from speechllm.data.columns import Columns, find_columns, parse_columns
+from speechllm.data.corpus import MANIFEST
+from speechllm.data.held_out import hold_out
+from speechllm.data.imports import Importer, split_of
+from speechllm.data.languages import language_code
 from speechllm.data.manifest import Split, Utterance, write_manifest
 from speechllm.data.sources import Source, read_source
 from speechllm.errors import InputError
+from train.amounts import shown_time
 from train.loop import progress_bar
 
 REPORTED = 5  # bad rows listed before a failure
-MANIFEST = "manifest.jsonl"
 
 
 def fixed_split(source: Source, columns: Columns, split: Split | None, held_out: float | None) -> Split | None:
@@ -94,8 +99,9 @@ def import_data(
     try:
         out.mkdir(parents=True, exist_ok=True)
         utterances = import_rows(source, importer, skip_bad, console)
+        held = ""
         if held_out:
-            utterances = hold_out(utterances, held_out)
+            utterances, held = hold_out(utterances, held_out)
         new = out / f"{MANIFEST}.new"
         write_manifest(new, utterances)
         importer.finish()
@@ -105,11 +111,42 @@ def import_data(
         raise InputError(f"{where}: cannot be written ({error.strerror or error}); give another --out") from error
     finally:
         importer.discard()
-    if importer.not_scalar:
-        console.print(
-            f"not used, as they hold no single values: {', '.join(sorted(importer.not_scalar))}", markup=False
-        )
+    notes = [
+        (importer.not_scalar, f"not used, as they hold no single values: {', '.join(sorted(importer.not_scalar))}"),
+        (importer.without_split, f"{importer.without_split} without a split: taken as train"),
+        (held, held),
+    ]
+    for there, note in notes:
+        if there:
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
     return utterances
+
+
+def shown(found: Columns) -> Iterator[str]:
+    """A line for each column: what it is taken for, or that it is not used."""
+    translations = {f"translation to {language}": column for language, column in found.translations.items()}
+    labels = {f"label {name}": column for name, column in found.labels.items()}
+    for name, column in (found.known | translations | labels).items():
+        yield f"{name} <- {column}"
+    if found.unused:
+        yield f"not used: {', '.join(filter(None, found.unused)) or '(no name)'}"
+    if found.facts:
+        yield f"not used, as the audio itself tells it: {', '.join(found.facts)}"
+
+
+def unknown(utterances: Sequence[Utterance]) -> Iterator[str]:
+    """A line for each thing that is not known of some utterances, and how to tell it."""
+    silent = sum(u.text is not None and not u.text.strip() for u in utterances)
+    without = {
+        "without a text: no task of words is trained on them (--columns text=NAME)": sum(
+            u.text is None and not u.segments for u in utterances
+        ),
+        "without a language: give one by --language, for instance en": sum(u.language is None for u in utterances),
+        "with an empty text: taken as audio without speech": silent,
+    }
+    for words, count in without.items():
+        if count:
+            yield f"{count} of {len(utterances)} {words}"
 
 
 def main(
@@ -121,37 +158,44 @@ def main(
         ),
     ],
     out: Annotated[Path, typer.Option(help=f"folder for {MANIFEST} and, where audio is not in files, audio/")],
-    split: Annotated[Split | None, typer.Option(help="of all rows, where the data do not say; else train")] = None,
-    language: Annotated[str | None, typer.Option(help="of rows that do not say theirs, for instance en")] = None,
+    split: Annotated[Split | None, typer.Option(help="of all rows, where the data have no splits; else train")] = None,
+    language: Annotated[str | None, typer.Option(help="of rows that do not say theirs: en, German, …")] = None,
     columns: Annotated[
         str,
         typer.Option(
-            help="NAME=COLUMN,…: audio, text, speaker, gender, language, intent, emotion, split or any label; found by "
-            "common names unless given; NAME= uses none"
+            help="NAME=COLUMN,…: audio, id, start and end (of an excerpt of the audio, in seconds), text, speaker, "
+            "gender, language, intent, emotion, split, translation_de (or any language), translations (an object of "
+            "language and text), segments, slots, or any label; found by common names unless given; NAME= uses none"
         ),
     ] = "",
     hub_split: Annotated[str | None, typer.Option(help="the one split of a data set to take; all unless given")] = None,
     config: Annotated[str | None, typer.Option(help="configuration of a data set on the hub")] = None,
     held_out: Annotated[
         float | None,
-        typer.Option(help="share of the speakers (of the sentences, where no speakers are known) that goes to dev"),
+        typer.Option(help="share of the recordings that goes to dev: whole speakers; sentences, where none are known"),
     ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out rows that cannot be used")] = False,
 ) -> None:
-    """Make a manifest of one's own data. Audio files stay where they are; their paths are relative to the manifest."""
+    """Make a manifest of one's own data. Audio files stay where they are; their paths are relative to the manifest.
+
+    Excerpts of longer recordings are cut, into audio/.
+    """
     console = Console(stderr=True)
     try:
         if (out / MANIFEST).exists():
             raise InputError(f"{out / MANIFEST}: is there already; give another --out, or remove it")
         if held_out is not None and not 0 < held_out < 1:
             raise InputError(f"--held-out {held_out:g}: give a share between 0 and 1, for instance 0.05")
+        if language is not None:
+            try:
+                language = language_code(language)
+            except InputError as error:
+                raise InputError(f"--{error}") from error
         given = parse_columns(columns)
         rows = read_source(source, config, hub_split)
         found = find_columns(rows, given)
-        for name, column in (found.known | {f"label {name}": column for name, column in found.labels.items()}).items():
-            console.print(f"{name} <- {column}", markup=False, highlight=False)
-        if found.unused:
-            console.print(f"not used: {', '.join(filter(None, found.unused)) or '(no name)'}", markup=False)
+        for line in shown(found):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         utterances = import_data(rows, found, out, language, split, held_out, skip_bad, console)
     except InputError as error:
         typer.echo(f"error: {error}", err=True)
@@ -161,10 +205,10 @@ def main(
         raise typer.Exit(130) from error
     splits = ", ".join(f"{count} {name}" for name, count in Counter(u.split for u in utterances).items())
     speakers = len({u.speaker for u in utterances if u.speaker})
-    hours = sum(u.duration for u in utterances) / 3600
-    typer.echo(f"{out / MANIFEST}: {splits}; {hours:.2f} hours, {speakers or 'no'} speakers named")
-    if silent := sum(u.text is not None and not u.text.strip() for u in utterances):
-        typer.echo(f"{silent} with an empty text: taken as audio without speech", err=True)
+    length = shown_time(sum(u.duration for u in utterances))
+    typer.echo(f"{out / MANIFEST}: {splits}; {length}, {speakers or 'no'} speakers named")
+    for line in unknown(utterances):
+        typer.echo(line, err=True)
 
 
 if __name__ == "__main__":

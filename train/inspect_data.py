@@ -29,6 +29,7 @@ from speechllm.prompt import Example, Rendered, render
 from speechllm.tasks import TASKS, Parts, Task
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
+from train.amounts import shown_time
 from train.loop import progress_bar
 
 matplotlib.use("Agg")
@@ -36,7 +37,7 @@ import matplotlib.pyplot as plt
 
 N_Q = 1  # codebooks, as train.encode keeps unless told otherwise
 SHOWN_CODES = 3
-SHOWN_ROWS = 15  # of a table on the screen and in Markdown; the JSON holds all
+SHOWN_ROWS = 15  # of a table of names, on the screen and in Markdown; the JSON holds all
 UNKNOWN = "(unknown)"
 COLUMNS: dict[str, Callable[[Utterance], str | None]] = {
     "split": lambda u: u.split,
@@ -175,14 +176,15 @@ def tables(report: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[s
         for name, span in spans.items()
         if span
     ]
-    yield f"{report['utterances']} utterances, {report['hours']:.2f} h", ["", "least", "median", "mean", "most"], rows
+    title = f"{report['utterances']} utterances, {shown_time(3600 * report['hours'])}"
+    yield title, ["", "least", "median", "mean", "most"], rows
     for title, groups in {**report["by"], "task": report["tasks"]}.items():
-        rows = [[name, str(of["utterances"]), f"{of['hours']:.2f}"] for name, of in groups.items()]
-        if len(rows) > SHOWN_ROWS:
+        rows = [[name, str(of["utterances"]), shown_time(3600 * of["hours"])] for name, of in groups.items()]
+        if len(rows) > SHOWN_ROWS and title != "task":  # of tasks it matters which have no answers
             rest = list(groups.values())[SHOWN_ROWS:]
-            total = [f"{sum(of['utterances'] for of in rest)}", f"{sum(of['hours'] for of in rest):.2f}"]
-            rows = [*rows[:SHOWN_ROWS], [f"… {len(rest)} more", *total]]
-        yield f"by {title}", [title, "utterances", "hours"], rows
+            length = shown_time(3600 * sum(of["hours"] for of in rest))
+            rows = [*rows[:SHOWN_ROWS], [f"… {len(rest)} more", str(sum(of["utterances"] for of in rest)), length]]
+        yield f"by {title}", [title, "utterances", "length"], rows
 
 
 def as_markdown(report: dict[str, Any]) -> str:
@@ -273,7 +275,7 @@ def inspect_corpus(
 
 
 def main(
-    manifest: Annotated[list[Path], typer.Argument(help="manifest.jsonl files, or folders of recorded sets")],
+    manifest: Annotated[list[Path], typer.Argument(help="manifest.jsonl files, or their folders")],
     out: Annotated[Path | None, typer.Option(help="folder for inspect.json, inspect.md and the plots")] = None,
     text_model: Annotated[Path, typer.Option(help="text tokenizer")] = Path("tokenizers/text.model"),
     codec: Annotated[Path, typer.Option(help="codec folder")] = Path("tokenizers/codec"),

@@ -5,8 +5,6 @@ where it stopped and gives the same corpus.
 """
 
 import json
-import multiprocessing
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +22,7 @@ from rich.console import Console
 from speechllm.data.manifest import Split, Utterance, append, read_manifest
 from speechllm.errors import InputError
 from train.loop import progress_bar
+from train.workers import worker_pool
 
 REPORTED_FAILURES = 5
 
@@ -74,7 +73,6 @@ _make: Callable[[int], Outcome] | None = None  # of this worker process
 
 def _start_worker(make: Callable[[AnyPlan, int], Outcome], plan: AnyPlan) -> None:
     global _make
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(1)
     _make = partial(make, plan)
 
@@ -106,17 +104,19 @@ def keep_settings(plan: Plan) -> None:
 def make_corpus(
     plan: AnyPlan, make: Callable[[AnyPlan, int], Outcome], count: int, jobs: int, console: Console
 ) -> Counter[str]:
-    """Make what is missing of utterances 0 ... count - 1, in order; counts of 'made', 'kept' and 'failed'."""
+    """Make what is missing of utterances 0 ... count - 1, in order; counts of 'made', 'kept' and 'failed'.
+
+    'beyond' counts those kept from before that are beyond ``count``: they stay in the manifest.
+    """
     plan.out.mkdir(parents=True, exist_ok=True)
     keep_settings(plan)
     manifest = plan.out / "manifest.jsonl"
     done = indices_done(manifest)
     missing = [index for index in range(count) if index not in done]
-    tally = Counter(kept=count - len(missing), made=0, failed=0)
-    context = multiprocessing.get_context("spawn")  # a forked torch may hang
+    tally = Counter(kept=len(done), beyond=len(done) + len(missing) - count, made=0, failed=0)
     with (
         progress_bar(console) as progress,
-        context.Pool(min(jobs, max(len(missing), 1)), _start_worker, (make, plan)) as pool,
+        worker_pool(min(jobs, max(len(missing), 1)), _start_worker, (make, plan)) as pool,
     ):
         task = progress.add_task(plan.name, total=count, completed=count - len(missing))
         for outcome in pool.imap(_work, missing, chunksize=4):
@@ -147,6 +147,8 @@ def plain_errors(out: Path) -> Iterator[None]:
 def report(out: Path, tally: Counter[str]) -> None:
     """The last line of the command; exit code 1 when utterances are missing."""
     summary = f"{out}: {tally['made']} made, {tally['kept']} kept from before, {tally['failed']} failed"
+    if tally["beyond"]:
+        summary += f"; {tally['beyond']} are beyond --count, and stay in the manifest"
     typer.echo(summary, err=bool(tally["failed"]))
     if tally["failed"]:
         raise typer.Exit(1)

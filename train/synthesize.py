@@ -1,4 +1,4 @@
-"""Make a corpus of synthetic speech: `python -m train.synthesize --text FILE.jsonl.gz|digits|nonspeech …`.
+"""Make a corpus of synthetic speech: `python -m train.synthesize --text FILE|digits|nonspeech …`.
 
 Every utterance follows from (seed, index) alone, so an interrupted run goes on where it stopped and gives the same
 corpus. Train utterances vary in voice, rate, pitch, level and noise; dev and test ones do not, and the voices of those
@@ -94,11 +94,11 @@ def prepare(
     """
     if unknown := set(engines) - set(get_args(Engine)):
         raise InputError(f"--engine {' '.join(sorted(unknown))}: give any of {', '.join(get_args(Engine))}")
-    sentences = () if text in ("digits", "nonspeech") else tuple(read_sentences(text))
+    sentences = () if text in ("digits", "nonspeech") else tuple(read_sentences(text, language))
     if language != "en":
         if not sentences:
             raise InputError(f"--language {language}: {text} are spoken in English only")
-        sentences = tuple(sentence for sentence in sentences if language in sentence.translations)
+        sentences = tuple(sentence for sentence in sentences if language in sentence.texts())
         if not sentences:
             raise InputError(f"{text}: no sentence in {language}")
     return Plan(
@@ -146,7 +146,7 @@ def make(plan: Plan, index: int) -> Outcome:
     if plan.sentences:
         turn, place = divmod(index, len(plan.sentences))
         sentence = plan.sentences[_order(len(plan.sentences), plan.seed, turn)[place]]
-        translations = {"en": sentence.text, **sentence.translations}
+        translations = sentence.texts()
         text = " ".join(translations.pop(plan.language).split())
         labels["sentence_id"] = sentence.id
         meaning = {"intent": sentence.intent, "slots": sentence.slots}
@@ -200,11 +200,15 @@ def synthesize(plan: Plan, count: int, jobs: int, console: Console) -> Counter[s
 
 def main(
     text: Annotated[
-        str, typer.Option(help="Sentences (.jsonl.gz with id, en, de, fr, cs, intent, slots), 'digits' or 'nonspeech'")
+        str,
+        typer.Option(
+            help="Sentences: JSON Lines with id, en, de, fr, cs, intent, slots, or a .txt with one of the language a "
+            "line, gzipped or not; 'digits' or 'nonspeech'"
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for audio/ and manifest.jsonl; an earlier run there is continued")],
     count: Annotated[int, typer.Option(min=1, help="Number of utterances")],
-    language: Annotated[str, typer.Option(help="Of the sentences that are spoken: en, de or fr")] = "en",
+    language: Annotated[str, typer.Option(help="That is spoken: en, de or fr")] = "en",
     split: Annotated[Split, typer.Option(help="Whose voices speak")] = "train",
     fragments: Annotated[
         float, typer.Option(min=0, max=1, help="Share that speaks only 1-4 words of a sentence")

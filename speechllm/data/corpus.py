@@ -1,4 +1,8 @@
-"""Several manifests read as one corpus."""
+"""Manifests of either schema, one or several, read as a corpus.
+
+A manifest whose rows have an ``id`` is in the schema of :mod:`speechllm.data.manifest`; one whose rows have none is
+that of a recorded set (:mod:`speechllm.data.recorded`). A folder stands for the ``manifest.jsonl`` in it.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from speechllm.data.manifest import Split, Utterance, load_wav, read_manifest
+from speechllm.data.manifest import Split, Utterance, load_wav, read_manifest, read_records
 from speechllm.data.recorded import read_recorded
 from speechllm.errors import InputError
+
+MANIFEST = "manifest.jsonl"  # in the folder of a set
+FILTERED = "filtered.jsonl"  # what train.filter leaves of it
 
 
 @dataclass(frozen=True)
@@ -25,18 +32,37 @@ class Item:
         return load_wav(self.utterance, self.root, sample_rate)
 
 
+def manifest_of(path: str | Path) -> Path:
+    """The manifest that a path stands for; InputError when it is a folder without one."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if not (path / MANIFEST).is_file():
+        raise InputError(f"{path}: no {MANIFEST} in this folder")
+    return path / MANIFEST
+
+
+def read_utterances(path: str | Path) -> list[Utterance]:
+    """The utterances of a manifest, or of the folder of one, in file order.
+
+    Raises InputError, naming file and line, when it is not there or a line is not valid.
+    """
+    manifest = manifest_of(path)
+    _, first = next(iter(read_records(manifest)), (0, {"id": ""}))
+    return read_manifest(manifest) if "id" in first else read_recorded(manifest)
+
+
 def read_corpus(paths: Sequence[str | Path], split: Split, may_be_empty: bool = False) -> list[Item]:
-    """The utterances of one split: a path is a manifest of ours, or the folder of a recorded set.
+    """The utterances of one split of several manifests, or folders of manifests.
 
     Raises:
         InputError: a path does not exist or a line is not valid, or nothing of the split is in any of them (unless it
             ``may_be_empty``).
     """
     items = []
-    for path in map(Path, paths):
-        folder = path.is_dir()
-        utterances = read_recorded(path) if folder else read_manifest(path)
-        items += [Item(u, path if folder else path.parent) for u in utterances if u.split == split]
+    for path in paths:
+        root = manifest_of(path).parent
+        items += [Item(utterance, root) for utterance in read_utterances(path) if utterance.split == split]
     if not items and not may_be_empty:
         raise InputError(f"no {split} utterance in {', '.join(map(str, paths)) or 'an empty list of manifests'}")
     return items

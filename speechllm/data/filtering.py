@@ -7,19 +7,23 @@ unreadable         the audio can be decoded                            yes      
 silence            share of 20 ms frames above -50 dBFS                >= 0.03   hardly any speech-level signal
 clipping           share of samples at full scale                      <= 0.01   an overloaded recording
 rate               spoken characters per second of the whole clip      0.5 - 30  text and audio do not belong together
-language           probability of the declared language                >= 0.01   the text is in another language
-duplicate          how far the nearest utterance with the same text    >= 0.01   the same recording twice
-                   and speaker sounds, from 0 (the same)
+language           probability of the declared language, 0 for a text  >= 0.01   the text is in another language
+                   in another script
+contradiction      how far the nearest utterance with another text     >= 0.01   one recording with two texts, of which
+                   sounds, from 0 (the same)                                     one is wrong: both are dropped
+duplicate          how far the nearest one before it with the same     >= 0.01   the same recording twice: the first is
+                   text sounds                                                   kept
 =================  ==================================================  ========  ================================
 
 Read and conversational speech lies between 8 and 22 characters per second; the bounds leave room for single words in
 long clips and for fast talkers. A rule does not judge what it cannot know: no text (rate, language), a text that says
-nobody speaks (silence, rate), fewer than five words or a language that `py3langid` does not know (language).
+nobody speaks (silence, rate), fewer than five words of the right script or a language that `py3langid` does not know
+(language). The report says how many these are.
 
 What is not detected: silence under steady noise above -50 dBFS, clipping that was turned down afterwards, a transcript
 that is wrong but about as long as the right one, a language confused with a close relative of it, words of another
-language within a sentence, duplicates whose text or speaker is written differently, and copies shifted by more than
-0.1 s or cut differently (a shift of part of a fingerprint's hop may hide one too).
+language within a sentence, and copies shifted by more than 0.1 s or cut differently (a shift of part of a fingerprint's
+hop may hide one too). Recordings without words are compared by their bytes alone.
 """
 
 from __future__ import annotations
@@ -31,28 +35,26 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import pairwise
 
 import numpy as np
-import soundfile
-import torch
 from py3langid.langid import LanguageIdentifier
 
 from speechllm.audio import read_audio
+from speechllm.data.audio_files import audio_rate
 from speechllm.data.corpus import Item
+from speechllm.data.duplicates import EDGES, Sound, fingerprint, nearest, normalized
+from speechllm.data.languages import written_in
 from speechllm.data.manifest import Utterance, audio_bytes
 from speechllm.errors import InputError
 
-UNREADABLE, DUPLICATE = "unreadable", "duplicate"
+UNREADABLE, CONTRADICTION, DUPLICATE = "unreadable", "contradiction", "duplicate"
+NO_TEXT, NOBODY = "no text", "nobody speaks"  # why a rule does not judge
 SPEECH_LEVEL = 10 ** (-50 / 20)  # rms of a frame
 LEVEL_SECONDS = 0.02
 FULL_SCALE = 0.99  # of what a sample can be; lossy formats do not keep the last per cent
 DIGIT, WIDE = 4, 3  # characters that a spoken digit and a Chinese, Japanese or Korean sign count as
-LEAST_WORDS = 5
-# The fingerprint: levels of 16 bands between 200 and 3400 Hz every 32 ms, down to 40 dB below the loudest.
-EDGES = np.geomspace(200.0, 3400.0, 17)
-HOP_SECONDS, FLOOR_DB = 0.032, 40.0
-MAX_SHIFT = 3  # hops by which formats may delay or lengthen the same recording
+LEAST_WORDS = 5  # from which the language of a text can be told
+OWN_SCRIPT = 0.5  # share of the letters of a text that are of the script of its language
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,17 +70,20 @@ class Clip:
         return len(self.wav) / self.sample_rate
 
 
-def speech_level(clip: Clip) -> float | None:
-    """Share of frames that are loud enough for speech; None when the text says that nobody speaks."""
+Value = float | str  # what a rule measured, or why it does not judge
+
+
+def speech_level(clip: Clip) -> Value:
+    """Share of frames that are loud enough for speech."""
     if clip.utterance.text is not None and not clip.utterance.text.strip():
-        return None
+        return NOBODY
     wav = clip.wav - clip.wav.mean()  # an offset is no signal
     size = min(len(wav), max(1, round(LEVEL_SECONDS * clip.sample_rate)))
     frames = wav[: len(wav) // size * size].reshape(-1, size)
     return float((np.sqrt(np.square(frames).mean(axis=1)) > SPEECH_LEVEL).mean())
 
 
-def full_scale(clip: Clip) -> float:
+def full_scale(clip: Clip) -> Value:
     """Share of samples as loud as a sample can be, or louder."""
     return float((np.abs(clip.wav) >= FULL_SCALE).mean())
 
@@ -94,10 +99,12 @@ def spoken_characters(text: str) -> int:
     return total
 
 
-def characters_per_second(clip: Clip) -> float | None:
-    """Spoken characters per second of audio; None without a text, or when it says that nobody speaks."""
+def characters_per_second(clip: Clip) -> Value:
+    """Spoken characters per second of audio."""
     text = clip.utterance.text
-    return None if text is None or not text.strip() else spoken_characters(text) / clip.seconds
+    if text is None:
+        return NO_TEXT
+    return spoken_characters(text) / clip.seconds if text.strip() else NOBODY
 
 
 @cache
@@ -105,28 +112,35 @@ def _identifier() -> LanguageIdentifier:
     return LanguageIdentifier.from_model_file("data/model.npz.xz", norm_probs=True)
 
 
-def language_probability(clip: Clip) -> float | None:
-    """How probable the declared language is for the text; None when that cannot be told."""
+def language_probability(clip: Clip) -> Value:
+    """How probable the declared language is for the text; 0 where it is written in another script."""
     text, language = clip.utterance.text or "", clip.utterance.language
+    if not text.strip():
+        return NO_TEXT if clip.utterance.text is None else NOBODY
+    if language is None:
+        return "no language"
+    own = written_in(text, language)
+    if own is not None and own < OWN_SCRIPT:
+        return 0.0
     words = sum(any(map(str.isalpha, word)) for word in text.split())
     wide = sum(unicodedata.east_asian_width(character) == "W" for character in text)  # written without spaces
-    if language is None or max(words, wide // 2) < LEAST_WORDS:
-        return None
-    return dict(_identifier().rank(text)).get(language)
+    if max(words, wide // 2) < LEAST_WORDS:
+        return f"fewer than {LEAST_WORDS} words"
+    return dict(_identifier().rank(text)).get(language, "a language that py3langid does not know")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A measure and the bounds within which an utterance is kept; a measure of None is no verdict."""
+    """A measure and the bounds within which an utterance is kept."""
 
     name: str
     measured: str
-    measure: Callable[[Clip], float | None] | None  # None: not a measure of one clip
+    measure: Callable[[Clip], Value] | None  # None: utterances are compared with each other
     low: float = -math.inf
     high: float = math.inf
 
-    def breaks(self, value: float | None) -> bool:
-        return value is not None and not self.low <= value <= self.high
+    def breaks(self, value: Value) -> bool:
+        return not isinstance(value, str) and not self.low <= value <= self.high
 
 
 # In the order in which an utterance is counted: one that breaks several rules is dropped by the first.
@@ -135,7 +149,8 @@ RULES: tuple[Rule, ...] = (
     Rule("clipping", "share of samples at full scale", full_scale, high=0.01),
     Rule("rate", "spoken characters per second", characters_per_second, low=0.5, high=30.0),
     Rule("language", "probability of the declared language", language_probability, low=0.01),
-    Rule(DUPLICATE, "distance to the nearest of the same text and speaker", None, low=0.01),
+    Rule(CONTRADICTION, "distance to the nearest with another text", None, low=0.01),
+    Rule(DUPLICATE, "distance to the nearest before it with the same text", None, low=0.01),
 )
 
 
@@ -143,47 +158,17 @@ RULES: tuple[Rule, ...] = (
 class Measured:
     """What is known of an utterance once its audio was read; `error` says why it could not be."""
 
-    values: Mapping[str, float | None] = field(default_factory=dict)
+    values: Mapping[str, Value] = field(default_factory=dict)
     error: str = ""
     digest: bytes = b""
     levels: np.ndarray = field(default_factory=lambda: np.zeros((0, len(EDGES) - 1), np.uint8))  # [frames, bands]
-
-
-def fingerprint(clip: Clip) -> np.ndarray:
-    """Band levels uint8 [frames, bands], 255 for the loudest; they do not depend on gain, nor much on the format."""
-    hop = max(1, round(HOP_SECONDS * clip.sample_rate))
-    wav = torch.from_numpy(clip.wav)
-    if len(wav) < 2 * hop:
-        wav = torch.nn.functional.pad(wav, (0, 2 * hop - len(wav)))
-    windows = wav.unfold(0, 2 * hop, hop) * torch.hann_window(2 * hop)  # [frames, 2 hop]
-    power = torch.fft.rfft(windows).abs().square().numpy()  # [frames, bins]
-    bins = np.searchsorted(np.fft.rfftfreq(2 * hop, 1 / clip.sample_rate), EDGES)
-    bands = np.stack([power[:, a:b].sum(axis=1) for a, b in pairwise(bins)], axis=1)
-    level = 10 * np.log10(np.maximum(bands / max(float(bands.max()), 1e-20), 10 ** (-FLOOR_DB / 10)))
-    return np.round(255 * (1 + level / FLOOR_DB)).astype(np.uint8)
-
-
-def distance(one: np.ndarray, other: np.ndarray) -> float:
-    """1 - correlation of two fingerprints at the best shift: 0 for the same recording, 1 when lengths do not fit."""
-    if abs(len(one) - len(other)) > MAX_SHIFT:
-        return 1.0
-    best = 0.0
-    for shift in range(-MAX_SHIFT, MAX_SHIFT + 1):
-        a, b = one[max(0, shift) :], other[max(0, -shift) :]
-        length = min(len(a), len(b))
-        if length < max(1, max(len(one), len(other)) - 2 * MAX_SHIFT):
-            continue
-        a, b = (x[:length].astype(np.float32) - x[:length].mean() for x in (a, b))
-        norm = float(np.sqrt((a * a).sum() * (b * b).sum()))
-        best = max(best, float((a * b).sum()) / norm) if norm else best
-    return max(0.0, 1.0 - best)
 
 
 def measure(item: Item, rules: Sequence[Rule] = RULES) -> Measured:
     """Read an utterance and take every measure of it; audio that cannot be read is a result, not an error."""
     try:
         content = audio_bytes(item.utterance, item.root)
-        rate = _own_rate(content)
+        rate = audio_rate(content)
         file = io.BytesIO(content)
         file.name = item.utterance.audio  # for messages
         wav = read_audio(file, rate)[0].numpy()  # at its own rate: resampling moves peaks
@@ -191,48 +176,27 @@ def measure(item: Item, rules: Sequence[Rule] = RULES) -> Measured:
         return Measured(error=str(error))
     clip = Clip(item.utterance, wav, rate)
     values = {rule.name: rule.measure(clip) for rule in rules if rule.measure is not None}
-    return Measured(values, digest=hashlib.sha256(content).digest(), levels=fingerprint(clip))
+    return Measured(values, digest=hashlib.sha256(content).digest(), levels=fingerprint(wav, rate))
 
 
-def _own_rate(content: bytes) -> int:
-    try:
-        return int(soundfile.info(io.BytesIO(content)).samplerate)
-    except soundfile.LibsndfileError:
-        return 16000  # read_audio says what is wrong with it
-
-
-def normalized(text: str) -> str:
-    """Letters and digits only, without case: texts that are read aloud alike."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join("".join(c if c.isalnum() or unicodedata.combining(c) else " " for c in plain).split())
-
-
-def duplicates(items: Sequence[Item], measured: Sequence[Measured], bound: float) -> dict[int, tuple[float, int]]:
-    """Utterance -> (distance, nearest utterance before it), for those that have one with the same text and speaker.
+def _likenesses(items: Sequence[Item], measured: Sequence[Measured], rule: Rule) -> dict[int, tuple[float, int]]:
+    """Utterance -> (distance, the one it is like), see :func:`speechllm.data.duplicates.nearest`.
 
     The order is test, dev, train, then that of the files: of a recording in two splits the one for testing is kept.
-    One whose distance is below `bound` is a duplicate, and later ones are not compared with it. The same bytes are at
-    distance 0 whatever is known of the text; other recordings are compared only where text is known and not empty.
+    Copies of a copy are called copies of the first.
     """
     splits = ("test", "dev", "train")
     order = sorted(range(len(items)), key=lambda i: splits.index(items[i].utterance.split))
-    same_bytes: dict[tuple, int] = {}
-    groups: dict[tuple, list[int]] = {}
-    nearest: dict[int, tuple[float, int]] = {}
-    for i in order:
-        known = items[i].utterance
-        key = (None if known.text is None else normalized(known.text), known.speaker)
-        first = same_bytes.setdefault((*key, measured[i].digest), i)
-        if first != i:
-            nearest[i] = (0.0, first)
-        elif key[0]:
-            group = groups.setdefault(key, [])
-            found = min(((distance(measured[j].levels, measured[i].levels), j) for j in group), default=None)
-            if found is not None:
-                nearest[i] = found
-            if found is None or found[0] >= bound:
-                group.append(i)
-    return nearest
+    texts = [items[i].utterance.text for i in order]
+    words = [None if text is None else normalized(text) for text in texts]
+    sounds = [Sound(said, measured[i].digest, measured[i].levels) for i, said in zip(order, words, strict=True)]
+    found = nearest(sounds, rule.name == CONTRADICTION)
+    named: dict[int, tuple[float, int]] = {}
+    for index, (far, like) in found.items():
+        while rule.name == DUPLICATE and like in found and rule.breaks(found[like][0]):
+            like = found[like][1]
+        named[order[index]] = far, order[like]
+    return named
 
 
 @dataclass(frozen=True)
@@ -252,14 +216,16 @@ class Verdicts:
     kept: list[int]
     dropped: list[Dropped]
     values: dict[str, list[float]]
+    unjudged: dict[str, dict[str, int]]  # rule -> why it does not judge -> how many; of rules that measure single ones
     broken: dict[str, int]  # how many break a rule, whichever dropped them
 
 
 def judge(items: Sequence[Item], measured: Sequence[Measured], rules: Sequence[Rule] = RULES) -> Verdicts:
-    """Apply the rules in their order; duplicates are looked for among what the others leave."""
+    """Apply the rules in their order; utterances are compared with what the rules before leave."""
     reasons: dict[int, Dropped] = {}
     broken = dict.fromkeys((UNREADABLE, *(rule.name for rule in rules)), 0)
     values: dict[str, list[float]] = {rule.name: [] for rule in rules}
+    unjudged: dict[str, dict[str, int]] = {rule.name: {} for rule in rules}
 
     def verdict(i: int, name: str, value: float | None = None, note: str = "") -> None:
         broken[name] += 1
@@ -269,18 +235,19 @@ def judge(items: Sequence[Item], measured: Sequence[Measured], rules: Sequence[R
         if result.error:
             verdict(i, UNREADABLE, note=result.error)
     for rule in rules:
+        judged: Iterable[tuple[int, Value, str]]
         if rule.measure is not None:
-            judged: Iterable[tuple[int, float | None, str]] = (
-                (i, result.values.get(rule.name), "") for i, result in enumerate(measured)
-            )
+            judged = ((i, result.values.get(rule.name, UNREADABLE), "") for i, result in enumerate(measured))
         else:
             left = [i for i in range(len(items)) if i not in reasons]
-            found = duplicates([items[i] for i in left], [measured[i] for i in left], rule.low)
+            found = _likenesses([items[i] for i in left], [measured[i] for i in left], rule)
             judged = [(left[i], far, f"of {items[left[j]].utterance.id}") for i, (far, j) in sorted(found.items())]
         for i, value, note in judged:
-            if value is not None:
-                values[rule.name].append(value)
+            if isinstance(value, str):
+                unjudged[rule.name][value] = unjudged[rule.name].get(value, 0) + 1
+                continue
+            values[rule.name].append(value)
             if rule.breaks(value):
                 verdict(i, rule.name, value, note)
     kept = [i for i in range(len(items)) if i not in reasons]
-    return Verdicts(kept, [reasons[i] for i in sorted(reasons)], values, broken)
+    return Verdicts(kept, [reasons[i] for i in sorted(reasons)], values, unjudged, broken)

@@ -1,14 +1,13 @@
-"""A user's own rows as utterances: which column is what, what values mean, how long the audio is, who is held out."""
+"""A user's own rows as utterances: what their values mean, how long the audio is, which part of it is meant."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
+import io
 import math
 import os
 import re
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,33 +17,22 @@ import huggingface_hub
 import numpy as np
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
-from speechllm.audio import to_seconds, write_audio
-from speechllm.data.manifest import Gender, Split, Utterance
-from speechllm.data.sources import Row, Source, audio_seconds, audio_suffix
+from speechllm.audio import read_audio, to_samples, to_seconds, write_audio
+from speechllm.data.audio_files import audio_rate, audio_seconds, audio_suffix
+from speechllm.data.columns import Columns
+from speechllm.data.languages import language_code
+from speechllm.data.manifest import SLACK, Gender, Split, Utterance
+from speechllm.data.sources import Row, Source
 from speechllm.errors import InputError, first_problem
 
-# What is known of an utterance -> the names its column goes by, the likeliest first.
-NAMES: dict[str, tuple[str, ...]] = {
-    "audio": (
-        *("audio", "path", "file", "wav", "file_name", "filename", "file_path", "filepath"),
-        *("audio_path", "audio_file", "audio_filepath", "audio_filename", "wav_path", "wav_file"),
-    ),
-    "text": ("text", "sentence", "transcription", "transcript"),
-    "speaker": ("speaker", "speaker_id", "client_id", "speaker_name", "spk", "spk_id"),
-    "gender": ("gender", "sex"),
-    "language": ("language", "locale", "lang"),
-    "intent": ("intent", "intent_class", "intent_name", "intent_label"),
-    "emotion": ("emotion", "emotion_name", "emotion_label"),
-    "split": ("split",),
-    "segments": ("segments",),
-    "slots": ("slots",),
-    "translations": ("translations",),
-}
 _GENDERS: dict[str, Gender] = {
     **dict.fromkeys(("m", "male", "man", "masculine", "male_masculine"), "male"),
     **dict.fromkeys(("f", "w", "female", "woman", "feminine", "female_feminine"), "female"),
 }
+# What is known by one value: words, or a number.
+_SINGLE = ("id", "text", "speaker", "gender", "language", "intent", "emotion", "split")
 _SPLITS: dict[str, Split] = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("dev", "development", "validation", "valid", "val"), "dev"),
@@ -52,70 +40,26 @@ _SPLITS: dict[str, Split] = {
 }
 
 
-def parse_columns(words: str) -> dict[str, str]:
-    """ "audio=path,text=sentence" -> what is known: its column; an empty column means that none is to be used."""
-    given: dict[str, str] = {}
-    for pair in filter(None, (part.strip() for part in words.split(","))):
-        name, equals, column = (part.strip() for part in pair.partition("="))
-        if not equals or not name:
-            raise InputError(f"--columns {pair}: write it as NAME=COLUMN, for instance text=sentence")
-        if name in given:
-            raise InputError(f"--columns: {name} is given twice")
-        given[name] = column
-    return given
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which column is what. known: a key of NAMES -> column. labels: label -> column. unused: what is left out."""
-
-    known: dict[str, str]
-    labels: dict[str, str]
-    unused: tuple[str, ...]
-
-
-def find_columns(source: Source, given: dict[str, str]) -> Columns:
-    """The columns as `given`, else by common names; audio by its type first. All others become labels.
-
-    Raises InputError, naming the columns there are, when a column given is not there or no audio is found.
-    """
-    there = ", ".join(source.columns) or "none"
-    for name, column in given.items():
-        if column and column not in source.columns:
-            raise InputError(f"--columns {name}={column}: no such column in {source.name}; there are: {there}")
-    known = {name: column for name, column in given.items() if column and name in NAMES}
-    labels = {name: column for name, column in given.items() if column and name not in NAMES}
-    taken = set(given.values())
-    by_name = {re.sub(r"[ -]", "_", column.strip().lower()): column for column in reversed(source.columns)}
-    for name, usual in NAMES.items():
-        if name in given:
-            continue
-        named = [by_name[word] for word in usual if word in by_name]
-        typed = sorted(source.audio, key=lambda column: column not in named) if name == "audio" else []
-        free = [column for column in (*typed, *named) if column not in taken]
-        if free:
-            known[name] = free[0]
-            taken.add(free[0])
-    if "audio" not in known:
-        raise InputError(
-            f"{source.name}: no column of audio found; name it by --columns audio=NAME; there are: {there}"
-        )
-    paths = {by_name.get(word) for word in NAMES["audio"]}  # other names of the same files
-    left = [column for column in source.columns if column not in taken]
-    unused = tuple(column for column in left if not column or column in paths or column in source.audio)
-    labels |= {column: column for column in left if column not in unused}
-    return Columns(known, labels, unused)
-
-
 def split_of(name: object) -> Split | None:
     """train, dev or test for the many names of splits ("validation", "train.clean.100"); None for any other."""
     return _SPLITS.get(re.split(r"[^a-z]", str(name).strip().lower())[0])
 
 
-def language_of(name: str) -> str:
-    """ "en-US", "en_US" -> "en"; what is no such code stays as it is."""
-    match = re.fullmatch(r"([a-z]{2,3})([-_][a-z0-9-_]+)?", name.strip(), re.IGNORECASE)
-    return match[1].lower() if match else name.strip()
+@dataclass(frozen=True)
+class Span:
+    """The part of a recording that a row is about, in seconds; no end: all that follows."""
+
+    start: float
+    end: float | None
+
+    def of(self, seconds: float) -> tuple[float, float] | None:
+        """Start and end within a recording; None when they are all of it. InputError when they are not within it."""
+        end = seconds if self.end is None else self.end
+        if not 0 <= self.start < end <= seconds + SLACK:
+            raise InputError(
+                f"start {self.start:g} and end {end:g} (seconds) are not within the {seconds:g} s of the recording"
+            )
+        return None if self.start == 0 and end >= seconds - SLACK else (self.start, min(end, seconds))
 
 
 class Importer:
@@ -129,6 +73,9 @@ class Importer:
         self.name = out.resolve().name
         self.root = Path(os.path.realpath(out))
         self.not_scalar: set[str] = set()  # columns with values that cannot be labels
+        self.without_split = 0  # rows whose cell for it is empty
+        self._rows: dict[str, str] = {}  # id -> the row that has it
+        self._decoded: tuple[Path, Tensor] | None = None  # the last recording that was cut
         self.staging = out / "audio.new"
         self.discard()
 
@@ -145,36 +92,73 @@ class Importer:
             raise InputError(row.problem)
         known = {name: row.values.get(column) for name, column in self.columns.known.items()}
         labels = {name: row.values.get(column) for name, column in self.columns.labels.items()}
-        gender = _word(known.get("gender"))
-        if gender and gender.lower() not in _GENDERS:
-            labels["gender"] = gender  # stays readable
-        if "emotion" in known:
-            labels["emotion"] = known["emotion"]
-        split = self.split or split_of(known.get("split", row.split))
-        if split is None:
-            raise InputError(f"its split is {known.get('split')!r}; there are train, validation (or dev) and test")
-        language = _word(known.get("language"))
+        single = {name: _single(name, known.get(name)) for name in _SINGLE}
+        gender = (single["gender"] or "").lower()
+        if gender and gender not in _GENDERS:
+            labels["gender"] = single["gender"]  # stays readable
+        if single["emotion"]:
+            labels["emotion"] = single["emotion"]
         text = known.get("text")
-        audio, duration = self._audio(index, known["audio"])
+        language = language_code(single["language"]) if single["language"] else self.language
+        identity, split = self._id(index, single["id"]), self._split(row, single["split"])
+        translations = self._translations(known.get("translations"), row)
+        segments = known.get("segments") or ()
+        if not (isinstance(segments, list | tuple) and all(isinstance(segment, dict) for segment in segments)):
+            raise InputError("segments are a list of objects with start and end")
+        audio, duration = self._audio(index, known["audio"], _span(known))
         try:
-            return Utterance(
-                id=f"{self.name}/{index}",
+            utterance = Utterance(
+                id=identity,
                 audio=audio,
                 duration=duration,
-                text=text if isinstance(text, str) else _word(text),
-                language=language_of(language) if language else self.language,
-                speaker=_word(known.get("speaker")),
-                gender=_GENDERS.get((gender or "").lower()),
-                intent=_word(known.get("intent")),
-                segments=[{"speaker": None} | _filled(segment) for segment in known.get("segments") or ()],
+                text=text if isinstance(text, str) else single["text"],
+                language=language,
+                speaker=single["speaker"],
+                gender=_GENDERS.get(gender),
+                intent=single["intent"],
+                segments=[{"speaker": None} | _filled(segment) for segment in segments],
                 slots=_filled(known.get("slots")),
-                translations=_filled(known.get("translations")),
+                translations=translations,
                 labels=self._labels(labels),
                 split=split,
                 source=self.name,
             )
         except ValidationError as error:
             raise InputError(first_problem(error)) from error
+        self._rows[identity] = row.where
+        self.without_split += "split" in known and not single["split"]
+        return utterance
+
+    def _id(self, index: int, given: str | None) -> str:
+        """`<set>/<id>`, the number of the row where there are no ids."""
+        if "id" not in self.columns.known:
+            return f"{self.name}/{index}"
+        if given is None:
+            raise InputError("has no id; give it one, or number all rows by --columns id=")
+        identity = f"{self.name}/{given}"
+        if identity in self._rows:
+            first = self._rows[identity]
+            raise InputError(f"id {given!r} is that of {first} too; mend one, or number all rows by --columns id=")
+        return identity
+
+    def _split(self, row: Row, given: str | None) -> Split:
+        """Of all rows, or of this one; train where it does not say."""
+        split = self.split or (split_of(given or "train") if "split" in self.columns.known else split_of(row.split))
+        if split is None:
+            raise InputError(f"its split is {given!r}; there are train, validation (or dev) and test")
+        return split
+
+    def _translations(self, mapping: Any, row: Row) -> dict[str, str]:
+        """Language -> text, of a column of all translations and of those of single ones."""
+        if not isinstance(mapping, dict | None):
+            raise InputError(
+                "translations are an object of language and text; say which language a column of text is in: "
+                "--columns translation_de=COLUMN"
+            )
+        found = {language_code(str(name)): text for name, text in _filled(mapping).items()}
+        found |= {language: row.values.get(column) for language, column in self.columns.translations.items()}
+        texts = {language: _single(f"translation to {language}", text) for language, text in found.items()}
+        return {language: text for language, text in texts.items() if text}
 
     def _labels(self, values: dict[str, Any]) -> dict[str, str | int | float]:
         """The scalar values: true and false as 1 and 0, unknown ones left out."""
@@ -191,20 +175,22 @@ class Importer:
                 self.not_scalar.add(name)
         return labels
 
-    def _audio(self, index: int, value: Any) -> tuple[str, float]:
-        """The audio's path relative to the manifest's folder, and its length in seconds."""
+    def _audio(self, index: int, value: Any, span: Span | None) -> tuple[str, float]:
+        """The audio's path relative to the manifest's folder, and its length in seconds; `span` alone is cut out."""
         if isinstance(value, dict) and value.get("array") is not None:
             rate = value.get("sampling_rate")
             samples = np.atleast_2d(np.asarray(value["array"], dtype=np.float32))  # [channels, samples]
             if not samples.size or not rate:
                 raise InputError("holds 0 samples of audio" if rate else "holds samples without a sampling_rate")
-            path = self._new(index, ".flac")
-            write_audio(path, torch.from_numpy(samples), rate)
-            return self._relative(path), to_seconds(samples.shape[1], rate)
+            part = span.of(to_seconds(samples.shape[1], rate)) if span else None
+            return self._cut(index, torch.from_numpy(samples), rate, part)
         if isinstance(value, dict):
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
         if isinstance(value, bytes):
             seconds = audio_seconds(value)
+            if part := span.of(seconds) if span else None:
+                rate = audio_rate(value)
+                return self._cut(index, read_audio(io.BytesIO(value), rate), rate, part)
             path = self._new(index, audio_suffix(value))
             path.write_bytes(value)
             return self._relative(path), seconds
@@ -212,11 +198,26 @@ class Importer:
             raise InputError("names no audio" if not value else f"{type(value).__name__} is no path of an audio file")
         found = self._find(value.strip())
         seconds = audio_seconds(found)
+        if part := span.of(seconds) if span else None:
+            rate = audio_rate(found)
+            if self._decoded is None or self._decoded[0] != found:  # rows of one recording mostly follow each other
+                self._decoded = found, read_audio(found, rate)
+            return self._cut(index, self._decoded[1], rate, part)
         if _in_cache(found):
             path = self._new(index, found.suffix)
             shutil.copyfile(found, path)
             return self._relative(path), seconds
         return self._relative(found), seconds
+
+    def _cut(self, index: int, wav: Tensor, rate: int, part: tuple[float, float] | None) -> tuple[str, float]:
+        """Write all of wav [channels, samples], or the part between two times in seconds."""
+        if part is not None:
+            wav = wav[:, to_samples(part[0], rate) : to_samples(part[1], rate)]
+            if not wav.shape[1]:
+                raise InputError(f"start {part[0]:g} and end {part[1]:g} are less than a sample apart")
+        path = self._new(index, ".flac")
+        write_audio(path, wav, rate)
+        return self._relative(path), to_seconds(wav.shape[1], rate)
 
     def _find(self, name: str) -> Path:
         """The file of that name; where there is none, where it should have been."""
@@ -239,40 +240,39 @@ class Importer:
         return Path(os.path.relpath(Path(os.path.realpath(path.parent)) / path.name, self.root)).as_posix()
 
 
-def hold_out(utterances: Sequence[Utterance], share: float) -> list[Utterance]:
-    """The same utterances, those of a share of the speakers in dev; of the sentences, where no speaker is known.
-
-    Who is held out depends on the names alone. Raises InputError when there is one speaker or sentence only.
-    """
-    held: set[tuple[str, str]] = set()
-    for kind in ("speaker", "sentence"):
-        groups = sorted({_group(u) for u in utterances if _group(u)[0] == kind}, key=_shuffled)
-        if len(groups) > 1:
-            held.update(groups[: min(len(groups) - 1, max(1, round(share * len(groups))))])
-    if not held:
-        one_speaker = any(u.speaker for u in utterances)
-        way_out = (
-            "one speaker only: add --columns speaker= to hold out sentences" if one_speaker else "one sentence only"
-        )
-        raise InputError(f"--held-out: there is {way_out}")
-    return [u.model_copy(update={"split": "dev"}) if _group(u) in held else u for u in utterances]
-
-
-def _group(utterance: Utterance) -> tuple[str, str]:
-    if utterance.speaker is not None:
-        return "speaker", utterance.speaker
-    return "sentence", " ".join((utterance.text or "").lower().split()) or utterance.id
-
-
-def _shuffled(group: tuple[str, str]) -> str:
-    return hashlib.sha256(" ".join(group).encode()).hexdigest()
-
-
 def _word(value: Any) -> str | None:
     """A name, be it written as a number; None for an empty one."""
     if isinstance(value, float):
         value = None if math.isnan(value) else int(value) if value.is_integer() else value
     return (str(value).strip() or None) if value is not None else None
+
+
+def _single(name: str, value: Any) -> str | None:
+    """A value of words or a number, as text; None for an empty one. InputError for any other type."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, str | int | float)):
+        raise InputError(f"its {name} is of type {type(value).__name__}, and must be text")
+    return _word(value)
+
+
+def _span(known: dict[str, Any]) -> Span | None:
+    """Where in its recording a row's excerpt is; None when the row is about all of it."""
+    times: dict[str, float] = {}
+    for name in ("start", "end", "duration"):
+        word = _single(name, known.get(name))
+        if word is None:
+            continue
+        try:
+            times[name] = float(word)
+        except ValueError:
+            times[name] = math.nan
+        if not math.isfinite(times[name]):
+            raise InputError(
+                f"its {name} is {word!r}, and must be in seconds; if it is no time in the audio, add --columns {name}="
+            )
+    if "start" not in times and "end" not in times:
+        return None
+    start = times.get("start", 0.0)
+    return Span(start, times.get("end", start + times["duration"] if "duration" in times else None))
 
 
 def _filled(value: Any) -> Any:

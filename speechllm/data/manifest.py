@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Literal
@@ -73,6 +73,21 @@ class Utterance(BaseModel):
         return self
 
 
+def read_records(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """(line number, object) for each line of a manifest that is not blank.
+
+    Raises InputError, naming file and line, when the file is missing, is no UTF-8 text or a line is no JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such manifest")
+    try:
+        with path.open(encoding="utf-8") as lines:
+            yield from read_json_lines(path, lines)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a UTF-8 text file") from error
+
+
 def read_json_lines(path: str | Path, lines: Iterable[str]) -> Iterable[tuple[int, dict]]:
     """(line number from 1, object) for each line that is not blank; InputError names `path` and the line."""
     for number, line in enumerate(lines, start=1):
@@ -93,26 +108,19 @@ def read_manifest(path: str | Path) -> list[Utterance]:
     Raises InputError, naming file and line, when the file is missing, a line does not fit the schema or an id occurs
     twice.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such manifest")
     utterances: list[Utterance] = []
     first_seen: dict[str, int] = {}
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, record in read_json_lines(path, lines):
-                try:
-                    utterance = Utterance.model_validate(record)
-                except ValidationError as error:
-                    raise InputError(f"{path}, line {number}: {first_problem(error)}") from error
-                if utterance.id in first_seen:
-                    raise InputError(
-                        f"{path}, line {number}: id {utterance.id!r} is already on line {first_seen[utterance.id]}"
-                    )
-                first_seen[utterance.id] = number
-                utterances.append(utterance)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not a UTF-8 text file") from error
+    for number, record in read_records(path):
+        try:
+            utterance = Utterance.model_validate(record)
+        except ValidationError as error:
+            raise InputError(f"{path}, line {number}: {first_problem(error)}") from error
+        if utterance.id in first_seen:
+            raise InputError(
+                f"{path}, line {number}: id {utterance.id!r} is already on line {first_seen[utterance.id]}"
+            )
+        first_seen[utterance.id] = number
+        utterances.append(utterance)
     return utterances
 
 

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-import soundfile
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
 
-from speechllm._containers import check_whole, prepare
-from speechllm.audio import read_audio, to_seconds
 from speechllm.data.manifest import read_json_lines
 from speechllm.errors import InputError
 
 TABLES = (".csv", ".tsv", ".jsonl")
 _FEW = 10  # splits named in a message
-_SUFFIXES = {"WAV": ".wav", "FLAC": ".flac", "OGG": ".ogg", "MP3": ".mp3", "MPEG": ".mp3", "AIFF": ".aiff"}
-_RATE = 16000  # Hz, where a whole file must be decoded to learn its length
-_NO_LENGTH = 1 << 62  # frames: what libsndfile answers when the header does not say
+_SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
 
 @dataclass(frozen=True)
@@ -79,6 +73,8 @@ def _delimited(path: Path) -> tuple[tuple[str, ...], list[Row]]:
     line = 1
     tabs = path.suffix.lower() == ".tsv"
     with _text(path) as file:
+        _check_separator(path, file.readline(), "\t" if tabs else ",")
+        file.seek(0)
         # In TSV files quotes are mostly plain text (Common Voice): as quotes they would swallow whole lines.
         quoted = None if tabs else csv.reader(file, strict=True)
         reader = quoted or csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -99,6 +95,16 @@ def _delimited(path: Path) -> tuple[tuple[str, ...], list[Row]]:
         except csv.Error as error:
             raise InputError(f"{path}, line {line}: not a valid row ({error})") from error
     return tuple(header), rows
+
+
+def _check_separator(path: Path, header: str, wanted: str) -> None:
+    """Raises InputError when it is plain that the cells are separated by something else."""
+    other = max(_SEPARATORS, key=header.count)
+    if wanted not in header and other in header:
+        raise InputError(
+            f"{path}: the cells of a {path.suffix.lower()} file are separated by {_SEPARATORS[wanted]}, and its first "
+            f"line has {_SEPARATORS[other]} instead; save it with commas as .csv, or with tabs as .tsv"
+        )
 
 
 def _unquoted(cell: str) -> str:
@@ -210,30 +216,3 @@ def _rows(split: str, part: Dataset) -> Iterator[Row]:
             known = values[name] is not None and values[name] >= 0  # -1 stands for unknown
             values[name] = feature.int2str(values[name]) if known else None
         yield Row(f"{split}[{index}]", values, split)
-
-
-def audio_seconds(source: Path | bytes) -> float:
-    """Length in seconds, from the header; a file is decoded only where its header or its end tell nothing.
-
-    Raises InputError when it is missing, not audio, without a sample, or visibly cut short.
-    """
-    name = "the audio" if isinstance(source, bytes) else str(source)
-    try:
-        prepared = prepare(io.BytesIO(source) if isinstance(source, bytes) else name, name)
-        with soundfile.SoundFile(prepared) as file:
-            frames, rate = file.frames, file.samplerate
-            if 0 < frames < _NO_LENGTH:
-                file.seek(frames - 1)
-                if len(file.read(1)):
-                    check_whole(prepared, file, frames, name)
-                    return to_seconds(frames, rate)
-    except (soundfile.LibsndfileError, OSError, TypeError):  # TypeError: raw samples, of which soundfile wants the rate
-        pass
-    # What is wrong, if anything, is said in the words of the one reader of audio.
-    return to_seconds(read_audio(io.BytesIO(source) if isinstance(source, bytes) else source, _RATE).shape[1], _RATE)
-
-
-def audio_suffix(content: bytes) -> str:
-    """The usual suffix of the format these bytes are in. They must be audio."""
-    with soundfile.SoundFile(io.BytesIO(content)) as file:
-        return ".opus" if file.subtype == "OPUS" else _SUFFIXES.get(file.format, f".{file.format.lower()}")
