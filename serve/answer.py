@@ -111,7 +111,8 @@ class Answerer:
         self._batch_size = batch_size
         ids = torch.arange(checkpoint.vocabulary.size)
         self._plain = checkpoint.vocabulary.is_text(ids) | (ids == checkpoint.vocabulary.end)  # [vocabulary]
-        self._plain[checkpoint.text.unknown_id] = False
+        self._plain[checkpoint.text.hidden_ids] = False
+        self._plain[checkpoint.text.size : checkpoint.vocabulary.text_size] = False  # rows of no piece
         self._marked = self._plain | checkpoint.vocabulary.is_mark(ids)
 
     def ask(self, files: Sequence[str], instruction: str, shots: Sequence[Example] = ()) -> Iterator[Answer | Failure]:

@@ -2,15 +2,15 @@
 
 lm/                   the Hugging Face causal LM (config.json, sharded safetensors)
 codec/                the codec (config.json, model.safetensors)
-text.model            the SentencePiece model
+text.model            the SentencePiece model; or tokenizer.json, where the LM brought a tokenizer of its own
 speechllm.json        vocabulary, limits, and the fingerprint that ties the parts together
 README.md             the model card
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,18 +19,17 @@ import speechllm._torchaudio  # noqa: F401  # before transformers, whose models 
 # isort: split
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from speechllm.codec import Codec, copy_codec, load_codec
 from speechllm.errors import InputError, first_problem
-from speechllm.model import load_model
+from speechllm.model import LOADING_ERRORS, load_model
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 
 DEFAULT = Path(__file__).parent / "checkpoints" / "tiny"
-SETTINGS, TEXT, LM, CODEC = "speechllm.json", "text.model", "lm", "codec"
+SETTINGS, LM, CODEC, CARD = "speechllm.json", "lm", "codec", "README.md"
 MAX_SHARD = "15MB"
 
 
@@ -75,21 +74,25 @@ def save_checkpoint(
     max_audio_seconds: float,
     max_answer_tokens: int,
     tasks: Sequence[str],
+    weights: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write all parts to ``folder``: the LM's weights as ``dtype``, in files of at most 15 MB; the codec as it is.
 
-    ``codec`` is whatever :func:`speechllm.codec.load_codec` opens; its weights become part of the checkpoint.
+    The folder is replaced as a whole when all is written; a model card in it is kept. ``codec`` is whatever
+    :func:`speechllm.codec.load_codec` opens; its weights become part of the checkpoint. ``weights`` are the LM's, where
+    it does not hold them all itself (ZeRO 3, expert parallelism).
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in (folder / LM).glob("*.safetensors*"):
-        old.unlink()  # a run with fewer shards must not leave some of an older one behind
-    state = {key: value.detach().to("cpu", dtype) for key, value in lm.state_dict().items()}
+    new, old = (folder.with_name(f"{folder.name}.{kind}") for kind in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+    new.mkdir(parents=True)
+    given = lm.state_dict() if weights is None else weights
+    state = {key: value.detach().to("cpu", dtype) for key, value in given.items()}
     if lm.config.tie_word_embeddings:  # one table under two names: stored once
         state.pop("lm_head.weight", None)
-    lm.save_pretrained(folder / LM, state_dict=state, max_shard_size=MAX_SHARD)
-    codec_fingerprint = copy_codec(codec, folder / CODEC).fingerprint(vocabulary.n_q)
-    text.save(folder / TEXT)
+    lm.save_pretrained(new / LM, state_dict=state, max_shard_size=MAX_SHARD)
+    codec_fingerprint = copy_codec(codec, new / CODEC).fingerprint(vocabulary.n_q)
+    text.save(new / text.FILE)
     settings = CheckpointSettings(
         name=name,
         vocabulary=vocabulary.to_dict(),
@@ -99,7 +102,14 @@ def save_checkpoint(
         max_answer_tokens=max_answer_tokens,
         tasks=tuple(tasks),
     )
-    (folder / SETTINGS).write_text(settings.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    (new / SETTINGS).write_text(settings.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    if folder.exists():
+        if (folder / CARD).exists():
+            shutil.copy(folder / CARD, new / CARD)
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_settings(folder: str | Path) -> CheckpointSettings:
@@ -127,20 +137,23 @@ def load_checkpoint(folder: str | Path = DEFAULT, device: str | torch.device = "
         vocabulary = Vocabulary.from_dict(settings.vocabulary)
     except InputError as error:
         raise InputError(f"{folder / SETTINGS}: {error}") from error
-    text = TextTokenizer.load(folder / TEXT)
+    text = TextTokenizer.load(folder)
     codec = load_codec(folder / CODEC)
     if not (folder / LM / "config.json").is_file():  # transformers would take the path for a name on the hub
         raise InputError(f"{folder / LM}: holds no language model (no config.json)")
     try:
         lm = load_model(folder / LM, device)
-    except (OSError, ValueError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+    except LOADING_ERRORS as error:
         raise InputError(f"{folder / LM}: the language model cannot be loaded: {str(error).splitlines()[0]}") from error
     for fits, message in (
         (
             settings.fingerprint == vocabulary.fingerprint(text.model_bytes),
-            f"{TEXT} is not the one it was trained with",
+            f"{text.FILE} is not the one it was trained with",
         ),
-        (text.size == vocabulary.text_size, f"{TEXT} has {text.size} pieces, the vocabulary {vocabulary.text_size}"),
+        (
+            text.size <= vocabulary.text_size,  # fewer where the LM's table has rows to spare
+            f"{text.FILE} has {text.size} pieces, the vocabulary {vocabulary.text_size}",
+        ),
         (codec.card == vocabulary.card, f"the codec has {codec.card} codes, the vocabulary {vocabulary.card}"),
         (codec.n_q >= vocabulary.n_q, f"the codec has {codec.n_q} codebooks, the vocabulary {vocabulary.n_q}"),
         (

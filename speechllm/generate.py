@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,11 +32,13 @@ def generate(
     pad_id: int,
     max_new_tokens: int,
     allowed: Tensor | None = None,
+    everywhere: Callable[[bool], bool] | None = None,
 ) -> list[Completion]:
     """Continue each prompt ``int64 [seq]`` greedily until ``end_id`` or ``max_new_tokens``.
 
     Prompts of one call are padded on the left and decoded together. ``allowed``, bool ``[vocabulary]``, names the ids
-    that may be chosen; all when None.
+    that may be chosen; all when None. ``everywhere`` is given when the layers of ``lm`` lie on several processes, which
+    must call it as often as one another: it tells whether what is true here is true on all of them.
 
     Raises:
         ValueError: a prompt is empty, or prompt and answer together may exceed the positions the model has.
@@ -79,7 +81,8 @@ def generate(
         chosen.append(best)
         scores.append(score)
         finished |= best == end_id
-        if bool(finished.all()):
+        done = bool(finished.all())
+        if everywhere(done) if everywhere else done:
             break
         ids, positions = best.unsqueeze(1), positions[:, -1:] + 1
     return [

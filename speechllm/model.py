@@ -9,9 +9,14 @@ import speechllm._torchaudio  # noqa: F401  # before transformers, whose models 
 
 # isort: split
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedConfig, PreTrainedModel
+
+# what transformers raises of files that are missing, damaged, or none of a causal LM
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, TypeError, ImportError, SafetensorError, StrictDataclassError)
 
 
 class ModelConfig(BaseModel):
@@ -61,30 +66,66 @@ def make_model(config: ModelConfig, vocabulary_size: int, pad_id: int, end_id: i
 
 
 @torch.no_grad()
-def set_embedding_rows(model: PreTrainedModel, first: int, vectors: Tensor, seed: int = 0) -> None:
+def extend_model(model: PreTrainedModel, size: int, pad_id: int, end_id: int, seed: int = 0) -> None:
+    """Give a language model ids up to ``size``, ``pad_id`` and ``end_id`` among them; its own rows stay bit for bit.
+
+    The new rows are drawn with mean and spread of its own ones, those of an output table that is not tied too; new
+    biases of the output are the mean of the others.
+    """
+    own = len(_tables(model)[0])
+    model.resize_token_embeddings(size, mean_resizing=False)
+    generator = torch.Generator().manual_seed(seed)
+    for table in _tables(model):
+        mean, spread = _mean_and_spread(table[:own])
+        table[own:] = mean + spread * torch.randn(size - own, table.shape[1], generator=generator)
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    if bias is not None:
+        bias[own:] = bias[:own].mean()
+    for settings in (model.config, model.generation_config):
+        settings.pad_token_id, settings.bos_token_id, settings.eos_token_id = pad_id, None, end_id
+
+
+@torch.no_grad()
+def set_embedding_rows(model: PreTrainedModel, first: int, vectors: Tensor, seed: int = 0, own: int = 0) -> None:
     """Start the embeddings of ids ``first …`` from ``vectors [rows, dim]``, so that alike vectors have alike rows.
 
-    A fixed random projection takes ``dim`` to the hidden size; mean and spread of the rows become those of the table.
+    A fixed random projection takes ``dim`` to the hidden size; mean and spread of the rows become those of the table:
+    of its first ``own`` rows, or where there are none yet, of a new one. An output table that is not tied is set too.
     """
-    embeddings = model.get_input_embeddings()
-    assert isinstance(embeddings, nn.Embedding)
-    table = embeddings.weight
     centred = vectors.float() - vectors.float().mean(0)
-    generator = torch.Generator().manual_seed(seed)
-    projection = torch.randn(vectors.shape[1], table.shape[1], generator=generator)
-    rows = centred @ projection
-    table[first : first + len(rows)] = (rows / rows.std() * model.config.initializer_range).to(table)
+    for table in _tables(model):
+        generator = torch.Generator().manual_seed(seed)
+        rows = centred @ torch.randn(vectors.shape[1], table.shape[1], generator=generator)
+        mean, spread = _mean_and_spread(table[:own]) if own else (0.0, model.config.initializer_range)
+        table[first : first + len(rows)] = (mean + rows / rows.std() * spread).to(table)
+
+
+def _tables(model: PreTrainedModel) -> list[Tensor]:
+    """The embeddings ``[ids, hidden]``, and the output's where they are not the same."""
+    inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert isinstance(inputs, Tensor) and isinstance(outputs, Tensor)
+    return [inputs] if outputs is inputs else [inputs, outputs]
+
+
+def _mean_and_spread(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each dimension, both ``[hidden]``."""
+    return rows.mean(0), rows.std(0)
 
 
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> PreTrainedModel:
     """Any Hugging Face causal LM saved in ``folder``, in evaluation mode; float32 on CPUs, else as it was saved.
 
     Raises:
-        ValueError: a weight is not in the files. OSError, RuntimeError, SafetensorError: a file is missing or damaged.
+        LOADING_ERRORS: a file is missing or damaged, or a weight is not in the files.
     """
     dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        folder,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
     lm, report = loaded
     if report["missing_keys"]:  # transformers fills them with random numbers
@@ -94,9 +135,16 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> PreTra
     return lm
 
 
+def experts(config: PreTrainedConfig) -> tuple[int, int] | None:
+    """Feed-forward networks in a layer, and how many of them see each position (``top_k``); None for a dense model."""
+    number = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    top_k = getattr(config, "num_experts_per_tok", None)
+    return (number, top_k) if number and top_k else None
+
+
 def parameter_counts(model: PreTrainedModel) -> tuple[int, int]:
     """Parameters in all, and those that one position uses (``top_k`` of the experts)."""
     total = sum(p.numel() for p in model.parameters())
-    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    count, used = getattr(model.config, "num_local_experts", 1), getattr(model.config, "num_experts_per_tok", 1)
-    return total, total - experts + experts * used // count
+    in_experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    number, top_k = experts(model.config) or (1, 1)
+    return total, total - in_experts + in_experts * top_k // number

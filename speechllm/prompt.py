@@ -124,7 +124,8 @@ def answer_parts(ids: Sequence[int], vocabulary: Vocabulary, text: TextTokenizer
     pieces: list[int] = []  # of the text since the last mark
     answer = torch.tensor(list(ids), dtype=torch.int64)  # [seq]
     after_fault = False
-    for index, is_text in zip(answer.tolist(), vocabulary.is_text(answer).tolist(), strict=True):
+    known = vocabulary.is_text(answer) & (answer < text.size)  # a language model may have more rows than it has pieces
+    for index, is_text in zip(answer.tolist(), known.tolist(), strict=True):
         if index == vocabulary.end:
             break
         if (mark := _mark(index, vocabulary)) is not None:

@@ -1,6 +1,7 @@
 """Files and an instruction in, answers out: in order, whole, and with nothing hidden."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,17 @@ import pytest
 import soundfile
 import torch
 from conftest import require_engine
+from test_text import byte_level
 
 from serve.answer import Answer, Answerer, Failure
 from speechllm.audio import read_audio
 from speechllm.checkpoint import Checkpoint, load_checkpoint
 from speechllm.data.synthesis import SAMPLE_RATE, VOICES, speak
 from speechllm.errors import InputError
+from speechllm.model import ModelConfig, make_model
 from speechllm.prompt import Example, labels, render
+from speechllm.text import HuggingFaceTokenizer
+from speechllm.vocabulary import Vocabulary
 
 ASK = "Transcribe this audio"
 KEYS = [
@@ -185,3 +190,28 @@ def test_a_clip_that_does_not_fit_beside_the_shots_fails_alone(checkpoint: Check
     first, second = Answerer(checkpoint).ask(files, ASK, [shot])
     assert isinstance(first, Failure) and first.error.startswith(f"{files[0]}: a prompt of ")
     assert isinstance(second, Answer)
+
+
+def test_rows_that_are_no_text_are_never_chosen(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Special tokens and spare rows of a language model, here the most likely ids everywhere."""
+    text = HuggingFaceTokenizer(byte_level().to_str().encode())
+    vocabulary = Vocabulary(text.size + 9, n_q=1, card=16)
+    sizes = ModelConfig(hidden_size=32, num_layers=1, expert_size=32, num_experts=4, max_positions=512)
+    lm = make_model(sizes, vocabulary.size, vocabulary.pad, vocabulary.end).eval()
+    unwanted = [*text.hidden_ids, *range(text.size, vocabulary.text_size)]
+    assert len(unwanted) == 3 + 9
+    with torch.no_grad():
+        for name, weight in lm.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj")):
+                weight.zero_()
+        lm.get_input_embeddings().weight.fill_(1)
+        head = torch.zeros(vocabulary.size, 32)
+        head[unwanted] = 1
+        lm.lm_head.weight = torch.nn.Parameter(head)
+        assert int(lm(torch.tensor([[0]])).logits.argmax()) in unwanted
+    soundfile.write(tmp_path / "a.wav", noise(1.0), 16000)
+    (answer,) = Answerer(replace(checkpoint, lm=lm, text=text, vocabulary=vocabulary)).ask(
+        [str(tmp_path / "a.wav")], ASK
+    )
+    assert isinstance(answer, Answer)
+    assert answer.text == text.decode([0]) * checkpoint.settings.max_answer_tokens

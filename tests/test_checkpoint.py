@@ -10,13 +10,14 @@ import pytest
 import torch
 from conftest import filled
 from safetensors.torch import load_file, save_file
+from test_text import byte_level
 
 import speechllm.checkpoint
 from speechllm.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from speechllm.codec import SpeechCodec, SpeechCodecConfig, save_codec
 from speechllm.errors import InputError
 from speechllm.model import ModelConfig, make_model
-from speechllm.text import TextTokenizer
+from speechllm.text import HuggingFaceTokenizer, TextTokenizer
 from speechllm.vocabulary import Vocabulary
 from train.text_tokenizer import train_text_tokenizer
 
@@ -96,6 +97,31 @@ def test_shards_hold_the_same_and_none_of_an_older_save_stays(
     assert torch.equal(logits_of(load_checkpoint(folder)), logits_of(parts))
 
 
+def test_a_tokenizer_of_hugging_face_is_kept_with_rows_to_spare(parts: Checkpoint, folder: Path) -> None:
+    """Saved where a checkpoint with a text.model was: of the two only the new one stays."""
+    text = HuggingFaceTokenizer(byte_level().to_str().encode())
+    vocabulary = Vocabulary(text.size + 7, n_q=2, card=16)
+    lm = make_model(SIZES, vocabulary.size, vocabulary.pad, vocabulary.end)
+    save_checkpoint(folder, lm, parts.folder / "codec", text, vocabulary, **NAMES)
+    assert {path.name for path in folder.iterdir()} == {"lm", "codec", "tokenizer.json", "speechllm.json"}
+    again = load_checkpoint(folder)
+    assert isinstance(again.text, HuggingFaceTokenizer)
+    assert again.text.model_bytes == (folder / "tokenizer.json").read_bytes() == text.model_bytes
+    assert again.vocabulary == vocabulary
+
+    (folder / "tokenizer.json").write_bytes(text.model_bytes + b"\n")  # of the same meaning, but not what was saved
+    with pytest.raises(InputError, match=r"tokenizer\.json is not the one it was trained with"):
+        load_checkpoint(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"text\.model: cannot read"):
+        load_checkpoint(folder)
+    fewer = Vocabulary(text.size - 1, n_q=2, card=16)
+    lm = make_model(SIZES, fewer.size, fewer.pad, fewer.end)
+    save_checkpoint(folder, lm, parts.folder / "codec", text, fewer, **NAMES)
+    with pytest.raises(InputError, match=f"tokenizer.json has {text.size} pieces, the vocabulary {text.size - 1}"):
+        load_checkpoint(folder)
+
+
 def test_half_precision_rounds_the_weights_and_nothing_else(parts: Checkpoint, tmp_path: Path) -> None:
     save_checkpoint(tmp_path, parts.lm, parts.folder / "codec", TEXT, VOCABULARY, **NAMES, dtype=torch.bfloat16)
     again, expected = load_checkpoint(tmp_path).lm.state_dict(), parts.lm.state_dict()
@@ -151,6 +177,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no lm": (lambda f: shutil.rmtree(f / "lm"), r"checkpoint/lm: "),
     "no lm config": (lambda f: (f / "lm" / "config.json").unlink(), r"checkpoint/lm: "),
     "lm config cut": (lambda f: cut(f / "lm" / "config.json"), r"checkpoint/lm: "),
+    "lm config of another type": (
+        lambda f: rewrite(f / "lm" / "config.json", hidden_size="wide"),
+        r"checkpoint/lm: .*hidden_size",
+    ),
     "no lm weights": (lambda f: (f / "lm" / "model.safetensors").unlink(), r"checkpoint/lm: "),
     "lm weights cut": (lambda f: cut(f / "lm" / "model.safetensors"), r"checkpoint/lm: "),
     "lm weight missing": (lose_a_weight, r"checkpoint/lm: .*model\.norm\.weight"),

@@ -37,6 +37,7 @@ FORBIDDEN = {
         ),
         "torch.optim",
         "sentencepiece",
+        "tokenizers",
     ),
     "speechllm.generate": ("speechllm.model", "speechllm.checkpoint", "speechllm.codec", "speechllm.data"),
 }

@@ -100,12 +100,13 @@ def names(mixture: Mixture) -> dict[str, dict[str, list[str]]]:
 def sequences(batch: TrainingBatch) -> list[tuple[list[int], list[int], list[bool]]]:
     """Ids, labels and audio mask of each sequence, row by row; the rest of the batch is padding."""
     found = []
-    for ids, labels, kept, positions, heard in zip(
+    for ids, labels, kept, positions, heard, owners in zip(
         batch.lm.input_ids,
         batch.lm.labels,
         batch.lm.attention_mask,
         batch.lm.position_ids,
         batch.audio_mask,
+        batch.example_ids,
         strict=True,
     ):
         length = int(kept.sum())
@@ -113,9 +114,11 @@ def sequences(batch: TrainingBatch) -> list[tuple[list[int], list[int], list[boo
         assert set(ids[length:].tolist()) <= {PLAIN.pad}
         assert set(labels[length:].tolist()) <= {IGNORE_INDEX}
         assert not heard[length:].any() and not positions[length:].any()
+        assert set(owners[length:].tolist()) <= {-1}
         starts = [n for n in range(length) if positions[n] == 0]
         for start, end in zip(starts, [*starts[1:], length], strict=True):
             assert positions[start:end].tolist() == list(range(end - start))
+            assert owners[start:end].tolist() == [len(found)] * (end - start)
             found.append((ids[start:end].tolist(), labels[start:end].tolist(), heard[start:end].tolist()))
     return found
 

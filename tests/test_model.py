@@ -6,10 +6,27 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from speechllm.errors import InputError
-from speechllm.model import ModelConfig, load_model, make_model, parameter_counts, set_embedding_rows
+from speechllm.model import (
+    ModelConfig,
+    experts,
+    extend_model,
+    load_model,
+    make_model,
+    parameter_counts,
+    set_embedding_rows,
+)
 from train.config import Settings, read_config
 
 SIZES = ModelConfig(hidden_size=32, num_layers=2, expert_size=16, num_experts=4, max_positions=64)
@@ -78,6 +95,107 @@ def test_parameter_counts_by_hand(lm: PreTrainedModel) -> None:
     expert, router, norms = 3 * 32 * 16, 4 * 32, 2 * 32
     rest = VOCABULARY_SIZE * 32 + 2 * (attention + router + norms) + 32
     assert parameter_counts(lm) == (rest + 2 * 4 * expert, rest + 2 * 2 * expert)
+
+
+def qwen3_moe(**sizes: Any) -> PreTrainedModel:
+    sizes = {"vocab_size": VOCABULARY_SIZE, "hidden_size": 32, "num_attention_heads": 4, "head_dim": 8} | sizes
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        num_hidden_layers=2, num_key_value_heads=2, intermediate_size=48, moe_intermediate_size=16, num_experts=8,
+        num_experts_per_tok=3, max_position_embeddings=64, tie_word_embeddings=True, eos_token_id=7, **sizes,
+    )  # fmt: skip
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+def llama() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY_SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def biased() -> PreTrainedModel:
+    """A model whose output has a bias too."""
+    torch.manual_seed(0)
+    lm = GPTJForCausalLM(GPTJConfig(vocab_size=VOCABULARY_SIZE, n_embd=32, n_layer=1, n_head=4, rotary_dim=8)).eval()
+    torch.nn.init.normal_(lm.get_output_embeddings().bias, mean=3.0)
+    return lm
+
+
+def test_experts_are_found_under_each_name_and_a_dense_model_has_none(lm: PreTrainedModel) -> None:
+    assert experts(lm.config) == (4, 2)
+    assert experts(qwen3_moe().config) == (8, 3)
+    assert experts(llama().config) is None
+
+
+def test_parameter_counts_of_other_models() -> None:
+    mixture, dense = qwen3_moe(mlp_only_layers=[0]), llama()
+    total = sum(p.numel() for p in mixture.parameters())
+    assert parameter_counts(mixture) == (total, total - (8 - 3) * 3 * 32 * 16)  # one layer of the two has experts
+    total = sum(p.numel() for p in dense.parameters())
+    assert parameter_counts(dense) == (total, total)
+
+
+@pytest.mark.parametrize("make", [qwen3_moe, llama, biased])
+def test_an_extended_model_keeps_its_rows_bit_for_bit(make: Any) -> None:
+    lm = make()
+    with torch.no_grad():  # mean and spread that differ from dimension to dimension
+        for table in {lm.get_input_embeddings().weight, lm.get_output_embeddings().weight}:
+            table.mul_(torch.linspace(1, 4, 32)).add_(torch.linspace(-1, 1, 32))
+    before = {name: value.clone() for name, value in lm.state_dict().items()}
+    known = logits_of(lm)
+    extend_model(lm, 2100, 2000, 2001, seed=3)
+    after = lm.state_dict()
+    assert after.keys() == before.keys()
+    tables = [name for name, value in before.items() if len(value) == VOCABULARY_SIZE]
+    assert len(tables) == (3 if make is biased else 2)
+    for name, value in before.items():
+        assert torch.equal(after[name][: len(value)], value), name
+        assert len(after[name]) == (2100 if name in tables else len(value))
+    for name in tables:
+        own, new = after[name][:VOCABULARY_SIZE], after[name][VOCABULARY_SIZE:]
+        if own.ndim == 1:
+            assert torch.equal(new, own.mean().expand(2000))
+            continue
+        spread = own.std(0)
+        assert ((new.mean(0) - own.mean(0)).abs() < 0.15 * spread).all()
+        assert ((new.std(0) / spread - 1).abs() < 0.1).all()
+    if make is qwen3_moe:
+        assert lm.get_output_embeddings().weight is table_of(lm)
+    else:
+        assert not torch.equal(lm.get_output_embeddings().weight, table_of(lm))
+    assert torch.allclose(logits_of(lm)[..., :VOCABULARY_SIZE], known, atol=1e-5)
+    assert logits_of(lm).shape[-1] == lm.config.vocab_size == 2100
+    for settings in (lm.config, lm.generation_config):
+        assert (settings.pad_token_id, settings.bos_token_id, settings.eos_token_id) == (2000, None, 2001)
+
+    again = make()
+    again.load_state_dict(before)
+    extend_model(again, 2100, 2000, 2001, seed=3)
+    assert all(torch.equal(value, after[name]) for name, value in again.state_dict().items())
+
+
+def test_rows_for_vectors_lie_where_the_models_own_rows_do() -> None:
+    lm = llama()
+    with torch.no_grad():
+        for scale, table in enumerate((table_of(lm), lm.get_output_embeddings().weight), 2):
+            table.mul_(scale * torch.linspace(1, 4, 32)).add_(scale)
+    extend_model(lm, 2200, 100, 101)
+    before = [table.detach().clone() for table in (table_of(lm), lm.get_output_embeddings().weight)]
+    vectors = torch.randn(2000, 64, generator=torch.Generator().manual_seed(5))
+    set_embedding_rows(lm, 150, vectors, own=VOCABULARY_SIZE)
+    for table, old in zip((table_of(lm), lm.get_output_embeddings().weight), before, strict=True):
+        own, rows = table[:VOCABULARY_SIZE], table[150:2150]
+        assert torch.equal(table[:150], old[:150])
+        assert torch.equal(table[2150:], old[2150:])
+        assert torch.allclose(rows.mean(0), own.mean(0), atol=1e-4)
+        assert ((rows.std(0) / own.std(0) - 1).abs() < 0.5).all()
+        centred = (rows - rows.mean(0)) / own.std(0)  # what a projection keeps of the vectors: which are alike
+        alike = torch.nn.functional.cosine_similarity(centred[:1], centred[1:])
+        expected = torch.nn.functional.cosine_similarity(vectors[:1] - vectors.mean(0), vectors[1:] - vectors.mean(0))
+        assert torch.corrcoef(torch.stack([alike, expected]))[0, 1] > 0.4
 
 
 def test_embedding_rows_follow_the_vectors_and_no_other_row_moves(lm: PreTrainedModel) -> None:

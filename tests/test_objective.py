@@ -10,15 +10,17 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from speechllm.data.encoded import write_facts
-from speechllm.data.mixture import Draw, Mixture, TrainingBatch
+from speechllm.data.mixture import CodeNoise, Draw, Mixture, TrainingBatch
+from speechllm.errors import InputError
 from speechllm.model import ModelConfig, make_model
 from speechllm.prompt import IGNORE_INDEX, Batch
 from speechllm.tasks import Facts
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
+from train.balance import Balance, Fixed, PcGrad
 from train.encode import FEATURES
 from train.objective import Objective
 
@@ -26,20 +28,28 @@ TEXT = TextTokenizer.load(Path(__file__).parents[1] / "tokenizers" / "text.model
 VOCABULARY = Vocabulary(TEXT.size, n_q=1, card=16)
 SIZES = ModelConfig(hidden_size=32, num_layers=3, expert_size=32, num_experts=4, max_positions=256)
 CLIPS = ((40, "Two dogs run."), (9, "A"), (25, "A boy jumps into the lake."), (12, ""))
+GERMAN = {"Two dogs run.": "Zwei Hunde rennen.", "A": "Ein"}
+TASKS = ("transcribe", "translate_de", "translate_text_de")
 
 
-@pytest.fixture(scope="module")
-def mixture() -> Mixture:
+def mixture_of(noise: CodeNoise | None = None) -> Mixture:
     rng = Random(0)
     rows = [
         {
             "id": str(n), "split": "train", "source": "made", "speaker": None, "n_q": 1,
-            "facts": write_facts(Facts(frames / 25, text, "en")),
+            "facts": write_facts(
+                Facts(frames / 25, text, "en", translations={"de": GERMAN[text]} if text in GERMAN else {})
+            ),
             "codes": [rng.randrange(16) for _ in range(frames)],
         }
         for n, (frames, text) in enumerate(CLIPS)
     ]  # fmt: skip
-    return Mixture({"made": Dataset.from_list(rows, features=FEATURES)}, VOCABULARY, TEXT, ["transcribe"])
+    return Mixture({"made": Dataset.from_list(rows, features=FEATURES)}, VOCABULARY, TEXT, TASKS, noise=noise)
+
+
+@pytest.fixture(scope="module")
+def mixture() -> Mixture:
+    return mixture_of()
 
 
 class First(Random):
@@ -61,7 +71,8 @@ def pad_more(batch: TrainingBatch, columns: int) -> TrainingBatch:
         F.pad(batch.lm.attention_mask, (0, columns)),
         F.pad(batch.lm.position_ids, (0, columns)),
     )
-    return replace(batch, lm=lm, audio_mask=F.pad(batch.audio_mask, (0, columns)))
+    example_ids = F.pad(batch.example_ids, (0, columns), value=-1)
+    return replace(batch, lm=lm, example_ids=example_ids, audio_mask=F.pad(batch.audio_mask, (0, columns)))
 
 
 @pytest.fixture
@@ -74,9 +85,12 @@ def lm() -> PreTrainedModel:
     return model
 
 
-def make(lm: PreTrainedModel, ctc_layer: int = 2, ctc_weight: float = 0.3, aux_weight: float = 0.01) -> Objective:
+def make(
+    lm: PreTrainedModel, ctc_layer: int = 2, ctc_weight: float = 0.3, aux_weight: float = 0.01, **others: Any
+) -> Objective:
     torch.manual_seed(1)
-    return Objective(lm, TEXT.size, ctc_layer, ctc_weight, aux_weight)
+    balance = others.pop("balance", None) or Balance(TASKS)
+    return Objective(lm, VOCABULARY, balance, ctc_layer, ctc_weight, aux_weight, **others)
 
 
 def test_answer_and_aux_are_those_of_hugging_face(lm: PreTrainedModel, mixture: Mixture) -> None:
@@ -87,23 +101,174 @@ def test_answer_and_aux_are_those_of_hugging_face(lm: PreTrainedModel, mixture: 
     assert losses["answer"].item() == pytest.approx(expected.loss.item(), abs=1e-5)
     with_router = lm(**inputs, output_router_logits=True)
     assert losses["aux"].item() == pytest.approx(with_router.aux_loss.item(), abs=1e-5)
-    assert losses["load"].sum().item() == pytest.approx(1)
-    assert losses["load"].max() > losses["load"].min()
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts(lm: PreTrainedModel, mixture: Mixture) -> None:
     batch = batch_of(mixture, 0, 2)
-    losses = make(lm, ctc_weight=0.7, aux_weight=0.2)(batch)
+    losses = make(lm, ctc_weight=0.7, aux_weight=0.2, audio_weight=0.4, router_z_weight=0.1)(batch)
     total = losses["answer"] + 0.7 * losses["ctc"] + 0.2 * losses["aux"]
+    total = total + 0.4 * losses["audio"] + 0.1 * losses["router_z"]
     assert losses["loss"].item() == pytest.approx(total.item(), rel=1e-6)
     plain = make(lm, ctc_weight=0.0, aux_weight=0.0)(batch)
-    assert "ctc" not in plain
+    assert plain.keys() == {"answer", "loss", "tasks", "aux", "choices"}
     assert torch.equal(plain["loss"], plain["answer"])
     assert torch.equal(plain["answer"], losses["answer"])
 
 
+def test_the_plain_mixture_is_cross_entropy_bit_for_bit(lm: PreTrainedModel, mixture: Mixture) -> None:
+    """Values and gradients."""
+    batch, objective = mixed(mixture, 150), make(lm, ctc_weight=0.0, aux_weight=0.0)
+    states = lm.base_model(input_ids=batch.lm.input_ids, position_ids=batch.lm.position_ids, use_cache=False)[0]
+    target = batch.lm.labels[:, 1:]
+    scored = target != IGNORE_INDEX
+    expected = F.cross_entropy(lm.lm_head(states[:, :-1][scored]), target[scored])
+    expected.backward()
+    gradients = {name: p.grad for name, p in lm.named_parameters()}
+    lm.zero_grad(set_to_none=True)
+    losses = objective(batch)
+    assert torch.equal(losses["answer"], expected) and torch.equal(losses["loss"], expected)
+    losses["loss"].backward()
+    for name, parameter in lm.named_parameters():
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, gradients[name]), name
+
+
+def mixed(mixture: Mixture, row_length: int) -> TrainingBatch:
+    """Two clips transcribed and one of them translated, and a translation of text."""
+    draws = [Draw("transcribe", 0), Draw("translate_de", 0), Draw("translate_text_de", 1), Draw("transcribe", 2)]
+    return mixture.batch(draws, row_length, First())
+
+
+@pytest.mark.parametrize("row_length", [1, 150, 1000])
+def test_each_answer_id_counts_for_its_task(lm: PreTrainedModel, mixture: Mixture, row_length: int) -> None:
+    """However the sequences are packed: against Hugging Face's loss of each alone."""
+    batch = mixed(mixture, row_length)
+    assert len(batch.lm.input_ids) == {1: 4, 150: 2, 1000: 1}[row_length]
+    sums, counts = dict.fromkeys(TASKS, 0.0), dict.fromkeys(TASKS, 0)
+    for task, clip in (("transcribe", 0), ("translate_de", 0), ("translate_text_de", 1), ("transcribe", 2)):
+        alone = mixture.batch([Draw(task, clip)], 1, First()).lm
+        ids = int((alone.labels != IGNORE_INDEX).sum())
+        sums[task] += lm(input_ids=alone.input_ids, labels=alone.labels).loss.item() * ids
+        counts[task] += ids
+    losses = make(lm)(batch)
+    found_sums, found_counts, weights = losses["tasks"]
+    assert found_sums.tolist() == pytest.approx([*sums.values()], rel=1e-4)
+    assert found_counts.tolist() == [*counts.values()]
+    assert weights.tolist() == [1, 1, 1]
+    assert losses["answer"].item() == pytest.approx(sum(sums.values()) / sum(counts.values()), rel=1e-5)
+
+    weighed = make(lm, ctc_weight=0.5, aux_weight=0.2, balance=Fixed(TASKS, {"translate_de": 3.0}))(batch)
+    total = (sum(sums.values()) + 2 * sums["translate_de"]) / sum(counts.values())
+    total += 0.5 * losses["ctc"].item() + 0.2 * losses["aux"].item()
+    assert weighed["loss"].item() == pytest.approx(total, rel=1e-5)
+    assert weighed["tasks"][2].tolist() == [1, 3, 1]
+    assert torch.equal(weighed["answer"], losses["answer"])
+
+
+def test_pcgrad_projects_the_gradients_of_a_language_model(lm: PreTrainedModel, mixture: Mixture) -> None:
+    """Two tasks on one clip, which are at odds once what they have in common is learnt."""
+    batch = mixture.batch([Draw("transcribe", 0), Draw("translate_de", 0)], 1000, First())
+    plain = make(lm, ctc_weight=0.0, aux_weight=0.0)
+    optimizer = torch.optim.Adam(lm.parameters(), 1e-2)
+    for _ in range(30):
+        optimizer.zero_grad()
+        plain(batch)["loss"].backward()
+        optimizer.step()
+
+    def gradient(loss: Tensor) -> Tensor:
+        lm.zero_grad()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in lm.parameters() if p.grad is not None])
+
+    ids = int((batch.lm.labels != IGNORE_INDEX).sum())
+    own = []
+    for task in ("transcribe", "translate_de"):
+        alone = mixture.batch([Draw(task, 0)], 1, First())
+        share = int((alone.lm.labels != IGNORE_INDEX).sum()) / ids
+        own.append(gradient(share * plain(alone)["loss"]))
+    product = own[0] @ own[1]
+    assert product < 0
+    assert torch.allclose(gradient(plain(batch)["loss"]), own[0] + own[1], atol=1e-5)
+    projected = own[0] - product / (own[1] @ own[1]) * own[1] + own[1] - product / (own[0] @ own[0]) * own[0]
+    losses = make(lm, ctc_weight=0.0, aux_weight=0.0, balance=PcGrad(TASKS, 0))(batch)
+    assert torch.allclose(gradient(losses["loss"]), projected, atol=1e-5)
+    assert (projected - own[0] - own[1]).abs().max() > 1e-3
+    assert losses["tasks"][2, :2].min() > 1 and losses["tasks"][2, 2] == 1
+    # what belongs to no task is added unprojected
+    others = make(lm, aux_weight=0.2)(batch)
+    both = make(lm, aux_weight=0.2, balance=PcGrad(TASKS, 0))(batch)
+    assert torch.allclose(gradient(both["loss"]) - projected, gradient(others["loss"]) - own[0] - own[1], atol=2e-5)
+
+
+def test_audio_loss_by_hand(lm: PreTrainedModel) -> None:
+    """Codes are predicted from what is before them, hidden ones are not; nothing else pays for the softmax."""
+    hiding = mixture_of(CodeNoise(0.0, 0.4))
+    draws = [Draw("transcribe", 0), Draw("translate_text_de", 1), Draw("transcribe", 2), Draw("translate_de", 1)]
+    first_code = TEXT.size + 32
+    for row_length, rows in ((1, 4), (1000, 1)):
+        batch = hiding.batch(draws, row_length, Random(3))
+        assert len(batch.lm.input_ids) == rows
+        total, codes, answers, hidden = 0.0, 0, int((batch.lm.labels != IGNORE_INDEX).sum()), 0
+        for ids, positions in zip(batch.lm.input_ids, batch.lm.position_ids, strict=True):
+            logits = lm(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0]
+            for place, index in enumerate(ids.tolist()):
+                hidden += index == VOCABULARY.mask
+                if index >= first_code:
+                    total -= logits[place - 1].log_softmax(-1)[index].item()
+                    codes += 1
+        assert codes > 20 and hidden > 10
+        paid: list[int] = []
+        hook = lm.lm_head.register_forward_hook(
+            lambda _, inputs, output, paid=paid: paid.append(output[..., 0].numel())
+        )
+        losses = make(lm, audio_weight=1.0)(batch)
+        hook.remove()
+        assert losses["audio"].item() == pytest.approx(total / codes, rel=1e-5)
+        assert paid == [answers, codes]
+        losses["audio"].backward()
+        assert lm.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def test_without_audio_there_is_no_audio_loss(lm: PreTrainedModel, mixture: Mixture) -> None:
+    losses = make(lm, ctc_weight=0.0, audio_weight=1.0)(mixture.batch([Draw("translate_text_de", 0)], 1, First()))
+    assert losses["audio"].item() == 0
+    losses["loss"].backward()
+    assert all(p.grad.isfinite().all() for p in lm.parameters() if p.grad is not None)
+
+
+def test_router_z_loss_by_hand(lm: PreTrainedModel, mixture: Mixture) -> None:
+    """Of what goes into the experts' gates, one unpadded sequence after the other."""
+    batch = batch_of(mixture, 0, 1, 2)
+    squares: list[float] = []
+
+    def note(gate: torch.nn.Module, inputs: tuple[Tensor], _: Any) -> None:
+        for position in inputs[0].reshape(-1, SIZES.hidden_size) @ gate.weight.T:
+            squares.append(torch.log(torch.exp(position.double()).sum()).item() ** 2)
+
+    hooks = [layer.mlp.gate.register_forward_hook(note) for layer in lm.model.layers]
+    for ids, kept in zip(batch.lm.input_ids, batch.lm.attention_mask, strict=True):
+        lm(input_ids=ids[: int(kept.sum())][None])
+    for hook in hooks:
+        hook.remove()
+    assert len(squares) == 3 * int(batch.lm.attention_mask.sum()) < 3 * batch.lm.attention_mask.numel()
+    losses = make(lm, router_z_weight=1.0)(batch)
+    assert losses["router_z"].item() == pytest.approx(sum(squares) / len(squares), rel=1e-5)
+    losses["router_z"].backward()
+    assert all(layer.mlp.gate.weight.grad.abs().sum() > 0 for layer in lm.model.layers)
+
+
+def test_router_z_loss_needs_a_router() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    dense = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY.size, **sizes))
+    with pytest.raises(InputError, match="router_z_weight: the model has no experts"):
+        make(dense, router_z_weight=0.1)
+    one_expert = make_model(SIZES.model_copy(update={"num_experts": 1, "top_k": 1}), VOCABULARY.size, 0, 1)
+    with pytest.raises(InputError, match="router_z_weight: the model has no experts"):
+        make(one_expert, router_z_weight=0.1)
+
+
 def test_neighbours_padding_and_packing_change_no_loss(lm: PreTrainedModel, mixture: Mixture) -> None:
-    objective = make(lm)
+    objective = make(lm, audio_weight=0.5, router_z_weight=0.1)
     together = batch_of(mixture, 0, 1, 2, 3)
     packed = [batch_of(mixture, 0, 1, 2, 3, row_length=length) for length in (80, 1000)]
     assert [len(batch.lm.input_ids) for batch in (together, *packed)] == [4, 2, 1]
@@ -114,7 +279,7 @@ def test_neighbours_padding_and_packing_change_no_loss(lm: PreTrainedModel, mixt
     for other in (pad_more(together, 13), *packed):
         objective.zero_grad()
         losses = objective(other)
-        for name in ("answer", "ctc", "aux", "loss"):
+        for name in ("answer", "ctc", "aux", "audio", "router_z", "loss"):
             assert losses[name].item() == pytest.approx(whole[name].item(), abs=1e-5)
         losses["loss"].backward()
         for name, parameter in objective.named_parameters():

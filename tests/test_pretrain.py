@@ -11,9 +11,11 @@ import torch
 from conftest import ROOT, run_program, write_yaml
 
 from speechllm.checkpoint import load_checkpoint
+from speechllm.data.manifest import read_manifest
 from speechllm.errors import InputError
+from speechllm.model import ModelConfig, make_model, parameter_counts
 from speechllm.tasks import TASKS
-from train import pretrain
+from train import engine, pretrain
 from train.config import read_config
 from train.log import MetricLog, read_metrics
 from train.pretrain_config import Pretraining
@@ -32,10 +34,10 @@ stop_at = int(sys.argv.pop())
 os.setpgid(0, 0)
 
 
-def step_with_signal(trainer, step, batch):
+def step_with_signal(trainer, step, batches):
     if step == stop_at:
         os.killpg(0, signal.SIGTERM)
-    return train_step(trainer, step, batch)
+    return train_step(trainer, step, batches)
 
 
 pretrain.Trainer.train_step = step_with_signal
@@ -52,9 +54,9 @@ run, train_step = pretrain.Trainer.run, pretrain.Trainer.train_step
 batches = []
 
 
-def noted_step(trainer, step, batch):
-    batches.append(batch.lm.input_ids.tolist())
-    return train_step(trainer, step, batch)
+def noted_step(trainer, step, drawn):
+    batches.extend(batch.lm.input_ids.tolist() for batch in drawn)
+    return train_step(trainer, step, drawn)
 
 
 def run_and_note(trainer):
@@ -77,7 +79,7 @@ pretrain.main()
 
 def records(out: Path) -> list[dict[str, float]]:
     """What was logged, without what the clock has a part in."""
-    clock = ("seconds", "tokens_per_second", "loader_tokens_per_second", "waiting")
+    clock = ("seconds", "tokens_per_second", "audio_hours_per_hour", "loader_tokens_per_second", "waiting")
     return [{k: v for k, v in r.items() if k not in clock} for r in read_metrics(out / "metrics.jsonl")]
 
 
@@ -91,6 +93,7 @@ def test_a_run_logs_and_saves(pretrained: Path) -> None:
     for r in (r for r in found if "loss" in r):
         assert r["loss"] == pytest.approx(r["answer"] + 0.01 * r["aux"] + 0.3 * r["ctc"], abs=2e-6)
         assert 0 <= r["idlest_expert"] < 0.25 < r["busiest_expert"] <= 0.5
+        assert 0 <= r["unused_experts"] <= 2 * 2, "of four at least two are used"
         assert 0 <= r["padding"] < 0.5
     assert any(r["padding"] for r in found if "loss" in r)
     rates = [r["learning_rate"] for r in found if "loss" in r]
@@ -101,7 +104,12 @@ def test_a_run_logs_and_saves(pretrained: Path) -> None:
     assert scores.keys() == {"step"} | {
         f"{name}_dev" for name in ("loss_transcribe", "gap_transcribe", "wer_transcribe")
     } | {f"{name}_dev" for name in ("loss_translate_de", "gap_translate_de", "bleu_translate_de")}
-    assert (pretrained / "training.png").stat().st_size > 1000
+    for r in read_metrics(pretrained / "metrics.jsonl"):
+        assert ("loss" in r) == (r.get("audio_hours_per_hour", 0) > 0)
+        assert "mfu" not in r or torch.cuda.is_available()
+    for picture in ("training.png", "experts.png"):
+        assert (pretrained / picture).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((pretrained / "experts.json").read_text())["steps"] == [1, 56]
     shares = json.loads((pretrained / "shares.json").read_text())
     assert shares.keys() == {"transcribe", "translate_de"}
     assert 0 < shares["translate_de"]["realised"] < 0.2, "from step 50 on"
@@ -151,7 +159,49 @@ def test_two_processes_end_with_the_same_weights(pretrain_settings: dict[str, An
     assert len(first["batches"]) == 4
     assert all(batch not in second["batches"] for batch in first["batches"])
     assert [r["step"] for r in records(out)] == [2, 4, 4]
-    assert load_checkpoint(out / "checkpoint").lm.config.num_local_experts == 4
+    checkpoint = load_checkpoint(out / "checkpoint")
+    assert checkpoint.lm.config.num_local_experts == 4
+    # each id that is no padding, of both, was given to two experts in each layer
+    pad = checkpoint.vocabulary.pad
+    seen = [index for rank in (first, second) for batch in rank["batches"] for row in batch for index in row]
+    load = json.loads((out / "experts.json").read_text())
+    assert load["steps"] == [1, 4]
+    for groups, names in (("tasks", set(settings["tasks"])), ("modalities", {"audio", "instruction", "answer"})):
+        assert load[groups].keys() == names
+        counts = torch.tensor([*load[groups].values()])  # [groups, layers, experts]
+        assert counts.sum((0, 2)).tolist() == [2 * sum(index != pad for index in seen)] * 2
+        assert (counts.sum((1, 2)) > 0).all()
+    audio = torch.tensor(load["modalities"]["audio"])
+    codes = checkpoint.vocabulary.is_audio(torch.tensor(seen)).sum()
+    assert audio.sum(1).tolist() == [2 * codes] * 2
+    assert (out / "experts.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_dense_model_goes_the_whole_way(pretrain_settings: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
+    """One network in a layer, as wide as the two of four that an id is seen by otherwise."""
+    out, sizes = tmp_path / "run", pretrain_settings["model"]
+    dense = sizes | {"num_experts": 1, "top_k": 1, "expert_size": 2 * sizes["expert_size"]}
+    settings = pretrain_settings | {"out": out, "model": dense, "curriculum": {}}
+    config = write_yaml(tmp_path / "pretrain.yaml", settings | {"steps": 4, "log_every": 2, "evaluate_every": 4})
+    trained = run_program("python", "train/pretrain.py", "--config", config)
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    first, second, scores = records(out)
+    for record in (first, second):
+        assert record["loss"] == pytest.approx(record["answer"] + 0.3 * record["ctc"], abs=2e-6)
+        assert not record.keys() & {"aux", "busiest_expert", "idlest_expert", "unused_experts"}
+    assert "wer_transcribe_dev" in scores
+    assert (out / "training.png").exists() and not [*out.glob("experts*")]
+    checkpoint = load_checkpoint(out / "checkpoint")
+    words, layers, hidden = checkpoint.vocabulary, sizes["num_layers"], sizes["hidden_size"]
+    total, active = parameter_counts(checkpoint.lm)
+    assert total == active
+    mixture = make_model(ModelConfig(**sizes), words.size, words.pad, words.end)
+    routers = layers * hidden * (sizes["num_experts"] - 1)
+    assert active == parameter_counts(mixture)[1] - routers < parameter_counts(mixture)[0] - routers
+    asking = ("ask", "--model", out / "checkpoint", "--device", "cpu", TASKS["transcribe"].wordings[0])
+    clip = corpus / read_manifest(corpus / "dev.jsonl")[0].audio
+    asked = run_program("python", "-c", "from serve.cli import main; main()", *asking, clip)
+    assert asked.returncode == 0, asked.stderr
 
 
 def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -201,6 +251,10 @@ def test_a_second_run_in_the_same_folder_is_refused(
         ({"curriculum": {"diarize": 5}}, "curriculum: diarize not among the tasks"),
         ({"curriculum": {"transcribe": 5, "translate_de": 9}}, "curriculum: no task to begin with"),
         ({"seed": -1}, "seed: "),
+        ({"balance": {"method": "magic"}}, "balance: Input tag 'magic' found using 'method' does not match"),
+        ({"balance": {"method": "fixed", "weights": {"emotion": 2}}}, "balance.weights: emotion not among the tasks"),
+        ({"balance": {"method": "pcgrad"}, "zero_stage": 2}, "balance: pcgrad holds whole gradients of each task"),
+        ({"balance": {"method": "pcgrad"}, "expert_parallel": 2}, "and expert_parallel = 1, not 2; or choose another"),
         ({"max_answer_tokens": 200}, "make sequences of 700 ids; model.max_positions = 512: raise it"),
         ({"start_from": "nowhere"}, "start_from: nowhere: not a checkpoint folder"),
         ({"n_q": 2, "merge_repeats": False, "max_audio_seconds": 8}, "encoded with 1 codebooks, 2 are asked for"),
@@ -235,7 +289,7 @@ def test_a_run_may_start_from_an_earlier_one(
         models.append(model)
         raise InputError("seen")
 
-    monkeypatch.setattr(pretrain.deepspeed, "initialize", caught)
+    monkeypatch.setattr(engine.deepspeed, "initialize", caught)
     changes = {"tasks": {"transcribe": 1, "translate_text_de": 1}, "curriculum": {}, "merge_repeats": False}
     settings = pretrain_settings | changes | {"out": tmp_path / "run", "start_from": pretrained / "checkpoint"}
     assert run_here(monkeypatch, capsys, "--config", write_yaml(tmp_path / "p.yaml", settings)) == "error: seen"
@@ -245,9 +299,16 @@ def test_a_run_may_start_from_an_earlier_one(
 
 def test_the_shipped_configs_are_valid() -> None:
     folder = ROOT / "train" / "configs"
-    words, tasks = (read_config(folder / f"{name}.yaml", Pretraining) for name in ("tiny", "all-tasks"))
+    words, dense, tasks = (read_config(folder / f"{name}.yaml", Pretraining) for name in ("tiny", "dense", "all-tasks"))
+    sizes = words.model
+    one = {"num_experts": 1, "top_k": 1, "expert_size": sizes.top_k * sizes.expert_size}
+    own = {"name": dense.name, "out": dense.out, "model": sizes.model_copy(update=one)}
+    assert dense == words.model_copy(update=own)
     assert words.tasks.keys() < tasks.tasks.keys()
     assert tasks.tasks.keys() == TASKS.keys()
+    own = read_config(folder / "own-data.yaml", Pretraining)
+    assert own.start_from == Path("speechllm/checkpoints/tiny") and own.tasks.keys() < tasks.tasks.keys()
+    assert own.model == words.model and (own.codec, own.text_model) == (words.codec, words.text_model)
 
 
 def test_config_files_that_are_none(tmp_path: Path) -> None:

@@ -157,3 +157,5 @@ def test_answer_parts_stops_at_end_and_shows_what_is_no_text() -> None:
     assert answer_parts([*man, END, *runs], VOCABULARY, TEXT) == ("man",)
     assert answer_parts([*man, *runs], VOCABULARY, TEXT) == ("man runs",)
     assert answer_parts([*man, *audio, BEGIN, *runs, ANSWER], VOCABULARY, TEXT) == ("man\ufffd runs\ufffd",)
+    roomy = Vocabulary(text_size=TEXT.size + 5, n_q=2, card=16)  # a language model with rows to spare
+    assert answer_parts([*man, TEXT.size, TEXT.size + 4, *runs], roomy, TEXT) == ("man\ufffd runs",)

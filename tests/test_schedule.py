@@ -1,4 +1,4 @@
-"""What is drawn when: shares, curriculum, every recording in its turn, the same on every rank and after a resume."""
+"""What is drawn when: shares, curriculum, every recording in its turn, the same for any number of ranks, and after a resume."""
 
 import json
 from collections import Counter
@@ -31,13 +31,15 @@ def make(pools: Pools = POOLS, weights: Any = WEIGHTS, batch_tokens: float = 400
 
 
 def plan(schedule: Schedule, steps: range) -> list[list[list[Draw]]]:
-    """[step][rank][example]; with a schedule of its own for each rank, as in a run of several processes."""
-    ranks = [list(replace(schedule).steps(steps, rank)) for rank in range(schedule.world)]
-    return [list(step) for step in zip(*ranks, strict=True)]
+    """[step][lane][example]; with a schedule of its own for each lane, as in a run of several processes."""
+    lanes = [list(replace(schedule).steps(steps, range(lane, lane + 1))) for lane in range(schedule.lanes)]
+    together = list(replace(schedule).steps(steps, range(schedule.lanes)))
+    assert together == [[lane for (lane,) in step] for step in zip(*lanes, strict=True)], "as one process would have it"
+    return together
 
 
 def flat(plans: Sequence[Sequence[Sequence[Draw]]]) -> list[Draw]:
-    return [draw for step in plans for rank in step for draw in rank]
+    return [draw for step in plans for lane in step for draw in lane]
 
 
 def lengths(draws: Sequence[Draw], pools: Pools = POOLS) -> list[float]:
@@ -79,7 +81,7 @@ def test_what_is_drawn_has_the_shares_asked_for() -> None:
 def test_a_task_enters_with_the_window_after_its_step() -> None:
     enters = {"emotion": WINDOW, "diarize": WINDOW + 10}
     schedule = make(enters=enters)
-    seen = [{draw.task for rank in step for draw in rank} for step in plan(schedule, range(4 * WINDOW))]
+    seen = [{draw.task for lane in step for draw in lane} for step in plan(schedule, range(4 * WINDOW))]
     windows = [set.union(*seen[start : start + WINDOW]) for start in range(0, 4 * WINDOW, WINDOW)]
     assert windows == [{"transcribe"}, {"transcribe", "emotion"}, WEIGHTS.keys(), WEIGHTS.keys()]
     assert [set(schedule.shares(step)) for step in (0, 49, 50, 99, 100)] == [
@@ -88,14 +90,14 @@ def test_a_task_enters_with_the_window_after_its_step() -> None:
     assert sum(schedule.shares(70).values()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("world", [1, 3])
-def test_every_recording_once_before_any_again(world: int) -> None:
-    """On all ranks together; the pools last for a fraction of a window, or for several."""
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_every_recording_once_before_any_again(lanes: int) -> None:
+    """In all lanes together; the pools last for a fraction of a window, or for several."""
     pools = {"a": {"x": pool(23), "y": pool(1500, 23)}, "b": {"x": pool(90)}}
-    schedule = make(pools, {"a": 1.0, "b": 2.0}, world=world)
+    schedule = make(pools, {"a": 1.0, "b": 2.0}, lanes=lanes)
     counts = {(task, corpus): Counter[int]() for task, corpora in pools.items() for corpus in corpora}
-    for step, ranks in enumerate(plan(schedule, range(6 * WINDOW)), 1):
-        for draw in flat([ranks]):
+    for step, drawn_here in enumerate(plan(schedule, range(6 * WINDOW)), 1):
+        for draw in flat([drawn_here]):
             counts[draw.task, "y" if draw.task == "a" and draw.row >= 23 else "x"][draw.row] += 1
         if step % WINDOW == 0:
             for (task, corpus), drawn in counts.items():
@@ -118,7 +120,7 @@ def test_the_plan_follows_from_the_seed() -> None:
     assert len(turns[0] & turns[1]) < 0.1 * len(turns[0]), "nor do recordings come in the same order"
     schedule = make(seed=1)
     for _ in range(2):  # asked for again
-        assert [[draws] for draws in schedule.steps(steps, 0)] == first
+        assert list(schedule.steps(steps, range(1))) == first
     assert plan(make(seed=1), range(70, 90)) == first[70:90], "what came before is gone through"
 
 
@@ -126,27 +128,27 @@ def test_the_plan_follows_from_the_seed() -> None:
 @pytest.mark.parametrize("ahead", [0, 1, WINDOW, 2 * WINDOW + 30])
 def test_a_resumed_schedule_goes_on_as_if_it_had_not_been_stopped(step: int, ahead: int) -> None:
     """Even when windows after the one that was being trained on had been planned, in the midst of epochs."""
-    settings: dict[str, Any] = {"enters": {"diarize": WINDOW + 1}, "short": WINDOW, "world": 2, "seed": 4}
+    settings: dict[str, Any] = {"enters": {"diarize": WINDOW + 1}, "short": WINDOW, "lanes": 2, "seed": 4}
     end = 6 * WINDOW
-    for rank in range(2):
-        whole = list(make(**settings).steps(range(end), rank))
+    for lane in (range(1), range(1, 2), range(2)):
+        whole = list(make(**settings).steps(range(end), lane))
         stopped = make(**settings)
-        running = stopped.steps(range(end), rank)
+        running = stopped.steps(range(end), lane)
         assert [next(running) for _ in range(step + ahead)] == whole[: step + ahead]
         state = json.loads(json.dumps(stopped.state(step)))
         resumed = make(**settings)
         resumed.restore(state)
         assert resumed.state(step) == state
-        assert list(resumed.steps(range(step, end), rank)) == whole[step:]
+        assert list(resumed.steps(range(step, end), lane)) == whole[step:]
         assert list(running) == whole[step + ahead :], "reading the state changes nothing"
 
 
 @pytest.mark.parametrize("batch_tokens", [1.0, 170.0, 1000.0])
 def test_batches_are_of_like_size(batch_tokens: float) -> None:
-    """And every rank has something to do at each step, however little may be in a batch."""
-    world, longest = 4, 200.0
-    steps = plan(make(batch_tokens=batch_tokens, world=world), range(4 * WINDOW))
-    sizes = np.array([[sum(lengths(draws)) for draws in ranks] for ranks in steps])
+    """And every lane has something to do at each step, however little may be in a batch."""
+    number, longest = 4, 200.0
+    steps = plan(make(batch_tokens=batch_tokens, lanes=number), range(4 * WINDOW))
+    sizes = np.array([[sum(lengths(draws)) for draws in lanes] for lanes in steps])
     assert sizes.min() > 0
     for window in np.split(sizes, 4):
         if batch_tokens > longest:
@@ -154,16 +156,16 @@ def test_batches_are_of_like_size(batch_tokens: float) -> None:
             assert window.mean() == pytest.approx(batch_tokens, rel=0.03)
         else:
             assert window.max() <= 2 * longest
-    for ranks in steps:
-        shortest, longest = (limit(lengths(flat([ranks]))) for limit in (min, max))
+    for lanes in steps:
+        shortest, longest = (limit(lengths(flat([lanes]))) for limit in (min, max))
         assert longest <= 1.1 / 0.9 * shortest + 15  # jitter, and how far apart neighbours lie
 
 
 @pytest.mark.parametrize("known", [[10.0] * 19 + [5000.0], [10.0] * 15 + [400.0] * 5])
 def test_recordings_longer_than_a_batch(known: list[float]) -> None:
     pools = {"a": {"x": Pool(np.arange(20), np.array(known))}}
-    steps = plan(make(pools, {"a": 1.0}, 250.0, world=2), range(2 * WINDOW))
-    assert all(draws for ranks in steps for draws in ranks), "every rank has something to do"
+    steps = plan(make(pools, {"a": 1.0}, 250.0, lanes=2), range(2 * WINDOW))
+    assert all(draws for lanes in steps for draws in lanes), "every lane has something to do"
 
 
 def test_short_recordings_come_first() -> None:
@@ -176,6 +178,6 @@ def test_short_recordings_come_first() -> None:
         assert round(part * 400) - 10 < max(rows["a"]) < round(part * 400)
         assert min(rows["a"]) < 10
         assert max(rows["b"]) == max(1, round(part * 3)) - 1
-    assert [*schedule.steps(range(4 * WINDOW), 0)] == [step[0] for step in steps[: 4 * WINDOW]]
+    assert list(schedule.steps(range(4 * WINDOW), range(1))) == steps[: 4 * WINDOW]
     assert schedule.state(2 * WINDOW)["drawn"] == schedule.state(3 * WINDOW)["drawn"] == {}, "out of turn"
     assert schedule.state(4 * WINDOW)["drawn"].keys() == {"a/x", "b/x"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,6 +12,7 @@ from speechllm.data.schedule import WINDOW
 from speechllm.model import ModelConfig
 from speechllm.tasks import TASKS
 from speechllm.vocabulary import Vocabulary
+from train.balance import BalanceSettings, FixedSettings, PlainSettings
 from train.config import Settings
 
 
@@ -32,6 +33,9 @@ class Pretraining(Settings):
     )
     curriculum: dict[str, int] = Field({}, description="task name: step from which it is trained, if not the first")
     temperature: float = Field(5.0, ge=1, description="T: a task or corpus of n recordings counts n^(1/T)")
+    init_from: str | None = Field(
+        None, min_length=1, description="causal LM of transformers, a folder or a name on the hub; brings its tokenizer"
+    )
     start_from: Path | None = Field(None, description="checkpoint whose weights are taken as far as they fit")
     model: ModelConfig = ModelConfig()
     n_q: int = Field(1, ge=1, description="codebooks the LM sees")
@@ -50,12 +54,26 @@ class Pretraining(Settings):
     short_first: int = Field(1000, ge=0, description="steps over which utterances of growing length come in")
     code_noise: float = Field(0.03, ge=0, lt=1, description="share of frames whose codes are replaced by random ones")
     code_masking: float = Field(0.0, ge=0, lt=1, description="share of frames hidden in spans")
-    ctc_weight: float = Field(0.3, ge=0)
-    ctc_layer: int = Field(3, ge=1, description="layer whose states the CTC head reads; at most num_layers")
+    balance: BalanceSettings = Field(PlainSettings(), description="how the losses of the tasks are weighed")
+    audio_weight: float = Field(0.0, ge=0, description="of the loss on the audio ids")
+    ctc_weight: float = Field(
+        0.3, ge=0, description="its head has an output for each text id: dear where they are many"
+    )
+    trait_weight: float = Field(0.0, ge=0, description="of the loss on what is known of the speaker")
+    ctc_layer: int = Field(
+        3, ge=1, description="layer whose states the heads of CTC and traits read; at most num_layers"
+    )
     aux_weight: float = Field(0.01, ge=0, description="of the experts' load-balancing loss")
+    router_z_weight: float = Field(0.0, ge=0, description="of the loss that keeps the router's logits small")
 
-    grad_accum_steps: int = Field(1, ge=1, description="micro batches in an update; ``steps`` counts micro batches")
-    zero_stage: int = Field(0, ge=0, le=2)
+    grad_accum_steps: int = Field(1, ge=1, description="micro batches of a process in each step")
+    zero_stage: int = Field(
+        0, ge=0, le=3, description="ZeRO: what ranks share; 1 optimizer, 2 gradients, 3 weights too"
+    )
+    offload: bool = Field(False, description="keep what ZeRO shares in the memory of the host, not of the GPUs")
+    expert_parallel: int = Field(1, ge=1, description="ranks that the experts of a layer are spread over")
+    bf16: bool | None = Field(None, description="train in bfloat16; on GPUs alone unless given")
+    activation_checkpointing: bool = Field(False, description="compute activations twice rather than keep them")
     log_every: int = Field(20, ge=1)
     evaluate_every: int = Field(500, ge=1)
     save_every: int = Field(500, ge=1)
@@ -83,9 +101,34 @@ class Pretraining(Settings):
         return self
 
     @model_validator(mode="after")
+    def _balance_fits(self) -> Pretraining:
+        if isinstance(self.balance, FixedSettings) and (unknown := self.balance.weights.keys() - self.tasks.keys()):
+            raise ValueError(f"balance.weights: {', '.join(sorted(unknown))} not among the tasks")
+        if self.balance.method == "pcgrad" and (self.zero_stage >= 2 or self.expert_parallel > 1):
+            raise ValueError(
+                "balance: pcgrad holds whole gradients of each task on each rank: it needs zero_stage 0 or 1, not "
+                f"{self.zero_stage}, and expert_parallel = 1, not {self.expert_parallel}; or choose another method"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Pretraining:
+        for name in ("model", "text_model", "start_from") if self.init_from else ():
+            if name in self.model_fields_set and getattr(self, name) is not None:
+                raise ValueError(f"init_from brings its own weights, sizes and text tokenizer: leave out {name}")
+        return self
+
+    @model_validator(mode="after")
     def _ctc_layer_exists(self) -> Pretraining:
-        if self.ctc_weight and self.ctc_layer > self.model.num_layers:
+        # an LM that is started from has layers of its own, which are known once it is opened
+        if self.ctc_weight and self.ctc_layer > self.model.num_layers and not self.init_from:
             raise ValueError(f"ctc_layer = {self.ctc_layer} exceeds model.num_layers = {self.model.num_layers}")
+        return self
+
+    @model_validator(mode="after")
+    def _parallelism_fits(self) -> Pretraining:
+        if self.offload and not self.zero_stage:
+            raise ValueError("offload: there is nothing that ZeRO shares with zero_stage = 0: set it to 1, 2 or 3")
         return self
 
     @property
@@ -100,16 +143,3 @@ class Pretraining(Settings):
         if self.times and self.merge_repeats:
             raise ValueError("merge_repeats loses when things are said: set it to false, or leave out tasks with times")
         return self
-
-    def deepspeed_config(self, world: int, gpu: bool) -> dict[str, Any]:
-        """The dictionary DeepSpeed takes. Batches are measured in tokens, so its own batch size is nominal."""
-        return {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": self.grad_accum_steps,
-            "train_batch_size": world * self.grad_accum_steps,
-            "gradient_clipping": 1.0,
-            "zero_optimization": {"stage": self.zero_stage},
-            "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": gpu},
-            "steps_per_print": 10**9,
-        }

@@ -14,7 +14,7 @@ import typer
 
 from speechllm.errors import InputError
 from speechllm.tasks import TASKS
-from speechllm.text import TextTokenizer
+from speechllm.text import SentencePieceTokenizer
 
 LANGUAGES = ("en", "de", "fr", "cs")
 # English is transcribed and translated from, instructions stand in every sequence: both should cost few pieces.
@@ -42,7 +42,7 @@ def read_captions(path: str | Path) -> Iterator[str]:
         raise InputError(f"{path}: cannot read the captions ({error})") from error
 
 
-def train_text_tokenizer(lines: Iterable[str], vocab_size: int, path: str | Path) -> TextTokenizer:
+def train_text_tokenizer(lines: Iterable[str], vocab_size: int, path: str | Path) -> SentencePieceTokenizer:
     """Train a BPE model with byte fallback on the lines and write it to path.
 
     Nothing is normalised and no pad, bos or eos piece exists: control tokens belong to the vocabulary. Raises
@@ -51,7 +51,7 @@ def train_text_tokenizer(lines: Iterable[str], vocab_size: int, path: str | Path
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(" " + line for line in lines),  # as TextTokenizer encodes: every word after a space
+            sentence_iterator=(" " + line for line in lines),  # as encoded: every word after a space
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -71,7 +71,7 @@ def train_text_tokenizer(lines: Iterable[str], vocab_size: int, path: str | Path
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise InputError(f"vocab_size = {vocab_size} does not fit the captions ({reason})") from error
-    tokenizer = TextTokenizer(model.getvalue(), str(path))
+    tokenizer = SentencePieceTokenizer(model.getvalue(), str(path))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(path)
     return tokenizer

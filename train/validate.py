@@ -21,21 +21,29 @@ from speechllm.prompt import IGNORE_INDEX, Example, answer_parts, collate, next_
 from speechllm.tasks import TASKS, Parts
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
+from train.engine import everywhere
 from train.pretrain_config import Pretraining
-from train.scoring import SCORES, score
+from train.scoring import score
 
 CHUNK = 16  # clips in one forward pass
-LABELS = 4  # times as many clips of tasks answered by a label: that takes an id or two, and shares of a few clips are noise
+LABELS = (
+    4  # times as many clips of tasks answered by a label: that takes an id or two, and shares of a few clips are noise
+)
 
 
 @dataclass(frozen=True, eq=False)
 class DevSet:
-    """Examples of one task on one dev corpus; this rank's share of them."""
+    """Examples of one task on one dev corpus; this rank's share of them.
+
+    All ranks have as many, since a model whose layers lie on several must be called by all of them alike: the last
+    one may be there once more, and only the first ``counted`` count.
+    """
 
     name: str
     task: str
     examples: list[Example]
-    durations: list[float]  # of the clips, in seconds
+    durations: list[float]  # of the clips that count, in seconds
+    counted: int
 
 
 class Validation:
@@ -45,11 +53,13 @@ class Validation:
         self, config: Pretraining, codec: Codec, vocabulary: Vocabulary, text: TextTokenizer, rank: int, world: int
     ):
         self.vocabulary, self.text, self.world = vocabulary, text, world
+        self.together = world > 1 and (config.zero_stage == 3 or config.expert_parallel > 1)
         self.max_answer_tokens = config.max_answer_tokens
+        self.tasks = list(config.tasks)
         self.sets = []
         for folder in config.dev_corpora:
             rows = read_encoded([folder], "dev", codec)
-            mixture = Mixture({folder.name: rows}, vocabulary, text, list(config.tasks), config.max_audio_seconds)
+            mixture = Mixture({folder.name: rows}, vocabulary, text, self.tasks, config.max_audio_seconds)
             for task in mixture.pools:
                 self.sets.append(dev_set(folder.name, mixture, task, config.decode_examples, rank, world))
 
@@ -63,7 +73,8 @@ class Validation:
             scores[f"loss_{label}"] = own
             if TASKS[dev.task].listens:
                 scores[f"gap_{label}"] = foreign - own
-            shares = self.gather([self.decode(lm, dev), [e.answer for e in dev.examples], dev.durations])
+            answers = [example.answer for example in dev.examples[: dev.counted]]
+            shares = self.gather([self.decode(lm, dev)[: dev.counted], answers, dev.durations])
             said, true, durations = ([value for share in shares for value in share[n]] for n in range(3))
             read = TASKS[dev.task].read
             for name, value in score(TASKS[dev.task], [*map(read, true)], [*map(read, said)], durations).items():
@@ -81,18 +92,20 @@ class Validation:
                 Example(other.codes, e.instruction, e.answer)
                 for e, other in zip(chunk, chunk[1:] + chunk[:1], strict=True)
             ]
-            own, count = self.summed_loss(lm, chunk)
-            sums += torch.stack([own, self.summed_loss(lm, swapped)[0], count]).to(sums.device)
+            counted = max(0, dev.counted - start)
+            own, count = self.summed_loss(lm, chunk, counted)
+            sums += torch.stack([own, self.summed_loss(lm, swapped, counted)[0], count]).to(sums.device)
         if self.world > 1:
             distributed.all_reduce(sums)
         own_mean, foreign_mean = (sums[:2] / sums[2]).tolist()
         return own_mean, foreign_mean
 
-    def summed_loss(self, lm: PreTrainedModel, examples: list[Example]) -> tuple[Tensor, Tensor]:
-        """Summed loss over the answers' ids, and their number."""
+    def summed_loss(self, lm: PreTrainedModel, examples: list[Example], counted: int) -> tuple[Tensor, Tensor]:
+        """Summed loss over the answers' ids of the first ``counted`` examples, and their number."""
         batch = collate([[render(e, self.vocabulary, self.text)] for e in examples], self.vocabulary.pad)
         logits = lm(input_ids=batch.input_ids.to(lm.device)).logits[:, :-1].float().cpu()
         target = next_ids(batch.labels)
+        target[counted:] = IGNORE_INDEX
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
         return loss, (target != IGNORE_INDEX).sum().float()
 
@@ -110,6 +123,7 @@ class Validation:
                 end_id=self.vocabulary.end,
                 pad_id=self.vocabulary.pad,
                 max_new_tokens=self.max_answer_tokens,
+                everywhere=everywhere if self.together else None,
             )
             answers += [answer_parts(c.ids, self.vocabulary, self.text) for c in completions]
         return answers
@@ -122,24 +136,17 @@ class Validation:
         distributed.all_gather_object(values, value)
         return values
 
-    def panels(self) -> dict[str, list[str]]:
-        """What the plot at the end of a run shows: the training losses, each task's scores, the experts' load."""
-        tasks: dict[str, list[str]] = {}
-        for dev in self.sets:
-            names = SCORES[TASKS[dev.task].metric]
-            tasks.setdefault(dev.task, []).extend(f"{name}_{dev.task}_{dev.name}" for name in names)
-        return {
-            "training loss": ["answer", "ctc", "aux"],
-            **tasks,
-            "share of an expert": ["busiest_expert", "idlest_expert"],
-        }
+    def corpora(self) -> dict[str, list[str]]:
+        """Each task of the mixture, and the dev corpora it is scored on."""
+        return {task: [dev.name for dev in self.sets if dev.task == task] for task in self.tasks}
 
 
 def dev_set(name: str, mixture: Mixture, task: str, most: int, rank: int, world: int) -> DevSet:
-    """This rank's share of up to ``most`` clips (of labels more), of all lengths, asked with the task's first wording."""
+    """This rank's share of up to ``most`` clips (of labels more) of all lengths, asked in the task's first wording."""
     able = mixture.pools[task][name].rows.tolist()
     count = min(most * LABELS if TASKS[task].metric == "accuracy" else most, len(able))
-    chosen = [able[n * len(able) // count] for n in range(count)][rank::world]
-    wording = TASKS[task].wordings[:1]
-    examples = [mixture.example(Draw(task, row), Random(row), wording) for row in chosen]
-    return DevSet(name, task, examples, [mixture.facts(row).duration for row in chosen])
+    chosen = [able[n * len(able) // count] for n in range(count)]
+    own, wording = chosen[rank::world], TASKS[task].wordings[:1]
+    filled = own + chosen[-1:] * (-(-count // world) - len(own))
+    examples = [mixture.example(Draw(task, row), Random(row), wording) for row in filled]
+    return DevSet(name, task, examples, [mixture.facts(row).duration for row in own], len(own))

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from speechllm.data.manifest import load_wav
-from speechllm.data.recorded import read_recorded
+from speechllm.data.corpus import read_corpus
 from speechllm.data.synthesis import SAMPLE_RATE
 from speechllm.errors import InputError
 
@@ -17,7 +16,7 @@ PEAK = 0.99
 @cache
 def recorded_noise(folder: Path) -> tuple[np.ndarray, ...]:
     """The train split of a recorded set of noises, each float32 [samples]; InputError when all is silence."""
-    noises = [load_wav(item, folder, SAMPLE_RATE)[0].numpy() for item in read_recorded(folder) if item.split == "train"]
+    noises = [item.wav(SAMPLE_RATE)[0].numpy() for item in read_corpus([folder], "train", may_be_empty=True)]
     noises = [noise for noise in noises if np.square(noise).mean() > 1e-10]
     if not noises:
         raise InputError(f"{folder}: no audible noise in its train split")

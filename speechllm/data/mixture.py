@@ -17,37 +17,12 @@ from torch import Tensor
 from speechllm.data.encoded import row_codes, row_facts
 from speechllm.errors import InputError
 from speechllm.prompt import Batch, Example, collate, render
-from speechllm.tasks import TASKS, Facts, Parts, Speaker, Task, Time
+from speechllm.tasks import TASKS, TRAITS, Facts, Parts, Speaker, Task, Time
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 
 CHARACTERS_PER_PIECE = 3.7  # of text, about
 AROUND = 4  # control ids of a sequence
-
-
-@dataclass(frozen=True, eq=False)
-class TrainingBatch:
-    """A batch for the LM, and the transcripts for CTC on the audio positions of its examples, row by row."""
-
-    lm: Batch
-    audio_mask: Tensor  # bool [B, seq]: the audio ids and the end-of-audio id
-    audio_lengths: Tensor  # int64 [examples]: how many of them are an example's
-    transcripts: Tensor  # int64 [examples, pieces], text ids padded with 0
-    transcript_lengths: Tensor  # int64 [examples]; 0 where there is no transcript
-    tasks: tuple[str, ...]  # [examples]
-    seconds: float  # that making the batch took
-
-    def to(self, device: torch.device) -> TrainingBatch:
-        """The same batch on ``device``."""
-        lm = Batch(*(getattr(self.lm, f.name).to(device) for f in fields(self.lm)))
-        return replace(
-            self,
-            lm=lm,
-            audio_mask=self.audio_mask.to(device),
-            audio_lengths=self.audio_lengths.to(device),
-            transcripts=self.transcripts.to(device),
-            transcript_lengths=self.transcript_lengths.to(device),
-        )
 
 
 @dataclass(frozen=True)
@@ -56,6 +31,40 @@ class Draw:
 
     task: str
     row: int
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingBatch:
+    """A batch for the LM, and the transcripts for CTC on the audio positions of its examples, row by row."""
+
+    lm: Batch
+    example_ids: Tensor  # int64 [B, seq]: the example a position belongs to, in the order of ``draws``; -1 on padding
+    audio_mask: Tensor  # bool [B, seq]: the audio ids and the end-of-audio id
+    audio_lengths: Tensor  # int64 [examples]: how many of them are an example's
+    transcripts: Tensor  # int64 [examples, pieces], text ids padded with 0
+    transcript_lengths: Tensor  # int64 [examples]; 0 where there is no transcript
+    traits: Tensor  # int64 [examples, traits]: what is heard of TRAITS, as places of their labels; -1 where not known
+    draws: tuple[Draw, ...]  # [examples]
+    seconds: float  # that making the batch took
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Of each example."""
+        return tuple(draw.task for draw in self.draws)
+
+    def to(self, device: torch.device) -> TrainingBatch:
+        """The same batch on ``device``."""
+        lm = Batch(*(getattr(self.lm, f.name).to(device) for f in fields(self.lm)))
+        return replace(
+            self,
+            lm=lm,
+            example_ids=self.example_ids.to(device),
+            audio_mask=self.audio_mask.to(device),
+            audio_lengths=self.audio_lengths.to(device),
+            transcripts=self.transcripts.to(device),
+            transcript_lengths=self.transcript_lengths.to(device),
+            traits=self.traits.to(device),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +178,10 @@ class Mixture:
                     order = np.argsort(lengths, kind="stable")
                     self.pools.setdefault(name, {})[corpus] = Pool(rows[order], lengths[order])
 
+    def named(self, draws: Sequence[Draw]) -> str:
+        """The utterances and tasks drawn, for messages."""
+        return ", ".join(f"{self.rows[draw.row]['id']} ({draw.task})" for draw in draws)
+
     def facts(self, row: int) -> Facts:
         """What is known about the recording of a row."""
         return row_facts(self.rows[row])
@@ -196,15 +209,20 @@ class Mixture:
         rows = pack([len(sequence.ids) for sequence in rendered], row_length)
         order = [index for row in rows for index in row]
         lm = collate([[rendered[index] for index in row] for row in rows], self.vocabulary.pad)
+        example_ids = torch.full_like(lm.input_ids, -1)
+        lengths = torch.tensor([len(rendered[index].ids) for index in order])
+        example_ids[lm.attention_mask.bool()] = torch.arange(len(order)).repeat_interleave(lengths)
         heard = [self._transcript(draws[index], examples[index]) for index in order]
         transcripts = [torch.tensor(self.text.encode(text), dtype=torch.int64) for text in heard]
         return TrainingBatch(
             lm=lm,
+            example_ids=example_ids,
             audio_mask=self._listening(lm.input_ids),
             audio_lengths=torch.tensor([int(self._listening(rendered[index].ids).sum()) for index in order]),
             transcripts=torch.nn.utils.rnn.pad_sequence(transcripts, batch_first=True),
             transcript_lengths=torch.tensor([len(t) for t in transcripts]),
-            tasks=tuple(draws[index].task for index in order),
+            traits=torch.tensor([self._traits(draws[index], examples[index]) for index in order]),
+            draws=tuple(draws[index] for index in order),
             seconds=perf_counter() - begun,
         )
 
@@ -213,6 +231,14 @@ class Mixture:
             return ""
         facts = self.facts(draw.row)
         return facts.text or " ".join(segment.text for segment in facts.segments)
+
+    def _traits(self, draw: Draw, example: Example) -> list[int]:
+        facts = self.facts(draw.row)
+        labels = [trait.of(facts) if example.codes.numel() else None for trait in TRAITS]
+        return [
+            trait.labels.index(label) if label in trait.labels else -1
+            for trait, label in zip(TRAITS, labels, strict=True)
+        ]
 
     def _listening(self, ids: Tensor) -> Tensor:
         return self.vocabulary.is_audio(ids) | (ids == self.vocabulary.audio_end)

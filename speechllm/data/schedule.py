@@ -1,4 +1,4 @@
-"""Which utterance teaches which task at each step, on each rank.
+"""Which utterance teaches which task at each step, in each of its micro batches.
 
 Tasks are drawn with p ∝ weight · n^(1/T) among those that have entered, n being the recordings that have an answer for
 the task; within a task, corpora likewise (temperature sampling, Arivazhagan et al. 2019). Within a corpus every
@@ -16,7 +16,7 @@ from speechllm.data.mixture import Draw, Pool
 from speechllm.data.sampling import short_first
 
 Pools = Mapping[str, Mapping[str, Pool]]
-Plan = list[list[Draw]]  # of a window and a rank: [step][example]
+Plan = list[list[list[Draw]]]  # of a window and some of its lanes: [step][lane][example]
 
 WINDOW = 50  # steps that are planned together, so that examples of like length meet
 KEPT = 4  # windows whose beginnings are remembered: batches are planned and made before they are trained on
@@ -30,19 +30,20 @@ def share(sizes: np.ndarray, weights: np.ndarray, temperature: float) -> np.ndar
 
 @dataclass
 class Schedule:
-    """Draws of a run; what a step sees follows from the seed, the step and the state alone, on every rank alike.
+    """Draws of a run; what a step sees follows from the seed, the step and the state alone, whatever
+    ranks there are.
 
     pools: task -> corpus -> recordings. weights: of tasks. corpus_weights: of corpora, 1 where not given. enters: task
     -> the step from which it is drawn, 0 where not given; it counts from the next window of ``WINDOW`` steps.
-    temperature: T. batch_tokens: ids of one rank's batch, about. short: steps over which longer utterances come in;
-    until then recordings may come again early. world: ranks.
+    temperature: T. batch_tokens: ids of a micro batch, about. short: steps over which longer utterances come in;
+    until then recordings may come again early. lanes: micro batches of a step, of all ranks together.
     """
 
     pools: Pools
     weights: Mapping[str, float]
     batch_tokens: float
     seed: int = 0
-    world: int = 1
+    lanes: int = 1
     temperature: float = 5.0
     corpus_weights: Mapping[str, float] = field(default_factory=dict)
     enters: Mapping[str, int] = field(default_factory=dict)
@@ -64,8 +65,8 @@ class Schedule:
         weights = np.array([self.weights[name] for name in names])
         return dict(zip(names, share(sizes, weights, self.temperature).tolist(), strict=True))
 
-    def steps(self, steps: range, rank: int) -> Iterator[list[Draw]]:
-        """For each step in turn the draws of a rank."""
+    def steps(self, steps: range, lanes: range) -> Iterator[list[list[Draw]]]:
+        """For each step in turn the draws of some lanes."""
         if steps.start // WINDOW < self._window:  # planned already: once more
             self.restore(self.state(steps.start))
         plan: Plan = []
@@ -75,7 +76,7 @@ class Schedule:
                 while self._window <= window:  # windows that the state does not cover are gone through again
                     self._starts = {number: state for number, state in self._starts.items() if number > window - KEPT}
                     self._starts[self._window] = dict(self._drawn)
-                    plan = self._plan(self._window, rank)
+                    plan = self._plan(self._window, lanes)
                     self._window += 1
             yield plan[place]
 
@@ -86,13 +87,13 @@ class Schedule:
         return {"window": window, "drawn": dict(self._drawn if window == self._window else self._starts[window])}
 
     def restore(self, state: Mapping) -> None:
-        """Go on where the run that gave ``state`` was. Its number of ranks may have been another one."""
+        """Go on where the run that gave ``state`` was. Its lanes may have been of another number."""
         self._window, self._drawn, self._starts = state["window"], dict(state["drawn"]), {}
 
-    def _plan(self, window: int, rank: int) -> Plan:
+    def _plan(self, window: int, lanes: range) -> Plan:
         """Draw for a window, sort by length, cut into batches of like size, shuffle the steps."""
         rng = np.random.default_rng([self.seed, window])
-        step, batches = window * WINDOW, WINDOW * self.world
+        step, batches = window * WINDOW, WINDOW * self.lanes
         pools = [
             (task, corpus, asked * part)
             for task, asked in self.shares(step).items()
@@ -115,12 +116,14 @@ class Schedule:
         cuts = np.searchsorted(ends, ends[-1] * (1 + place_of) / batches)
         cuts = np.maximum.accumulate(cuts - place_of) + place_of
         cuts = np.clip(cuts, 1 + place_of, len(drawn) - batches + 1 + place_of)
-        parts = np.split(order, cuts)[rank :: self.world]
-        plan = [
-            [Draw(pools[n][0], row) for n, row in zip(drawn[part].tolist(), rows[part].tolist(), strict=True)]
-            for part in parts
+        parts = np.split(order, cuts)
+        return [
+            [
+                [Draw(pools[n][0], row) for n, row in zip(drawn[part].tolist(), rows[part].tolist(), strict=True)]
+                for part in (parts[place * self.lanes + lane] for lane in lanes)
+            ]
+            for place in rng.permutation(WINDOW).tolist()
         ]
-        return [plan[step] for step in rng.permutation(WINDOW)]
 
     def _corpora(self, task: str) -> dict[str, float]:
         pools = self.pools[task]

@@ -3,12 +3,23 @@
 from speechllm.tasks import wordings as w
 from speechllm.tasks.answer import Facts, ParsedAnswer, Part, Parts, Segment, Speaker, Time, shown
 from speechllm.tasks.base import Metric, Task, normalize_instruction
-from speechllm.tasks.labels import Accent, Emotion, Gender, Intent, IsEmotion, Language, NumberOfSpeakers, SpokenWord
+from speechllm.tasks.labels import (
+    Accent,
+    Emotion,
+    Gender,
+    Intent,
+    IsEmotion,
+    Language,
+    NumberOfSpeakers,
+    SpokenWord,
+    Trait,
+)
 from speechllm.tasks.timed import Timed, VoiceActivity
 from speechllm.tasks.words import NextText, TextTranslation, Words
 
 __all__ = [
     "TASKS",
+    "TRAITS",
     "Facts",
     "Metric",
     "ParsedAnswer",
@@ -18,6 +29,7 @@ __all__ = [
     "Speaker",
     "Task",
     "Time",
+    "Trait",
     "find_task",
     "normalize_instruction",
     "shown",
@@ -71,6 +83,8 @@ TASKS: dict[str, Task] = {
         NextText("next_text", "wer", w.NEXT_TEXT, w.NEXT_TEXT_HELD_OUT),
     )
 }
+
+TRAITS = tuple(task for task in TASKS.values() if isinstance(task, Trait))
 
 
 def find_task(instruction: str) -> Task | None:

@@ -1,0 +1,134 @@
+"""What a run goes on from: the newest of its states that was saved whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+from torch import distributed
+
+from speechllm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a state is cut into files."""
+
+    world: int
+    zero_stage: int
+    expert_parallel: int
+
+    def __str__(self) -> str:
+        return f"{self.world} ranks, zero_stage {self.zero_stage}, expert_parallel {self.expert_parallel}"
+
+
+class RunState:
+    """States in ``folder/step-N``. ``folder/latest`` names the one that counts: it is replaced, as a whole, when a
+    newer one is complete, and only then are older ones removed. What a killed process left half-written is never read.
+    """
+
+    def __init__(self, folder: Path, layout: Layout):
+        self.folder, self.layout = folder, layout
+
+    @property
+    def tag(self) -> str | None:
+        """Name of the state that counts; None when none was saved."""
+        latest = self.folder / "latest"
+        return latest.read_text(encoding="utf-8").strip() if latest.exists() else None
+
+    def saved_as(self) -> Layout:
+        """How the state that counts is cut. Raises InputError when its description is missing or damaged."""
+        path = self.folder / f"{self.tag}" / "layout.json"
+        try:
+            return Layout(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{path}: damaged, or saved by an older version: start anew with another 'out'") from error
+
+    @property
+    def universal(self) -> bool:
+        """Whether the state that counts must be made universal first: ranks now are to hold other parts of it."""
+        if self.tag is None:
+            return False
+        saved = self.saved_as()
+        if saved.expert_parallel == self.layout.expert_parallel and not saved.zero_stage and not self.layout.zero_stage:
+            return False  # each rank holds all of it
+        return saved != self.layout
+
+    @property
+    def spread(self) -> bool:
+        """Whether DeepSpeed is to hold the experts, even those of one rank: a state keeps the form it was saved in.
+
+        Raises:
+            InputError: the state was saved in the other form.
+        """
+        spread = self.layout.expert_parallel > 1
+        if self.tag and self.saved_as().expert_parallel == 1 and spread:
+            raise InputError(
+                f"{self.folder / self.tag}: saved with expert_parallel = 1: go on with that, or begin a new run with its "
+                "checkpoint as start_from"
+            )
+        return spread or (bool(self.tag) and self.saved_as().expert_parallel > 1)
+
+    def save(self, engine: deepspeed.DeepSpeedEngine, step: int, client: dict[str, Any]) -> None:
+        """Write the state after ``step``; all ranks must call it. When it fails, the one before still counts."""
+        rank, tag = distributed.get_rank(), f"step-{step}"
+        new = self.folder / tag
+        if rank == 0 and tag != self.tag:
+            shutil.rmtree(new, ignore_errors=True)  # of a run that was killed while it saved, perhaps with more ranks
+        distributed.barrier()
+        engine.save_checkpoint(str(self.folder), tag=tag, client_state=client, save_latest=False)
+        if rank == 0:
+            (new / "layout.json").write_text(json.dumps(asdict(self.layout)) + "\n", encoding="utf-8")
+        distributed.barrier()
+        if rank == 0:
+            self._count(tag)
+
+    def _count(self, tag: str) -> None:
+        """From now on ``tag`` is what a run goes on from."""
+        pointer = self.folder / "latest.new"
+        pointer.write_text(tag + "\n", encoding="utf-8")
+        pointer.replace(self.folder / "latest")
+        for older in self.folder.glob("*step-*"):
+            if older.name != tag:
+                shutil.rmtree(older)
+
+    def load(self, engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
+        """Restore ``engine``, which was started with :attr:`universal`; what was given to :meth:`save` as ``client``.
+
+        Raises:
+            InputError: files are missing or damaged.
+        """
+        tag = self.tag
+        assert tag is not None
+        if self.universal:
+            tag = self._universal(tag)
+        try:
+            _, client = engine.load_checkpoint(str(self.folder), tag=tag)
+        except (OSError, RuntimeError, KeyError, AssertionError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputError(
+                f"{self.folder / tag}: cannot be read ({reason}): start anew with another 'out'"
+            ) from error
+        if client is None:
+            raise InputError(f"{self.folder / tag}: files are missing: start anew with another 'out'")
+        return client
+
+    def _universal(self, tag: str) -> str:
+        """The state ``tag`` in a form that any number of ranks can read, beside it."""
+        made, saved = f"universal-{tag}", self.saved_as()
+        if distributed.get_rank() == 0:
+            shutil.rmtree(self.folder / made, ignore_errors=True)
+            folders = ("--input_folder", self.folder / tag, "--output_folder", self.folder / made)
+            command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *map(str, folders)]
+            result = subprocess.run([*command, "--inject_missing_state"], capture_output=True, text=True)
+            if result.returncode:
+                reason = (result.stderr.strip() or "killed").splitlines()[-1]
+                raise InputError(f"{self.folder / tag}: cannot be made universal ({reason}): resume with {saved}")
+        distributed.barrier()
+        return made
