@@ -1,4 +1,4 @@
-"""What is drawn when: shares, curriculum, every recording in its turn, the same for any number of ranks, and after a resume."""
+"""What is drawn when: shares, curriculum, every recording in its turn, the same for any ranks and after a resume."""
 
 import json
 from collections import Counter
