@@ -70,7 +70,7 @@ class RunState:
         spread = self.layout.expert_parallel > 1
         if self.tag and self.saved_as().expert_parallel == 1 and spread:
             raise InputError(
-                f"{self.folder / self.tag}: saved with expert_parallel = 1: go on with that, or begin a new run that has "
+                f"{self.folder / self.tag}: saved with expert_parallel = 1: go on with that, or begin a new run with "
                 "its checkpoint as start_from"
             )
         return spread or (bool(self.tag) and self.saved_as().expert_parallel > 1)
