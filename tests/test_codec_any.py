@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -105,15 +106,6 @@ def engine() -> Iterator[None]:
 class PoolHere:
     """Does in this process what a pool of processes would do: each of those imports torch, for every codec anew."""
 
-    def __init__(self, *arguments: object) -> None:
-        pass
-
-    def __enter__(self) -> "PoolHere":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
     def apply_async(self, work: Callable[..., Any], arguments: tuple[Any, ...]) -> SimpleNamespace:
         result = work(*arguments)
         return SimpleNamespace(get=lambda: result)
@@ -124,7 +116,7 @@ def test_from_a_codec_to_an_answer(
 ) -> None:
     codes = tmp_path / "codes"
     with monkeypatch.context() as patch:
-        patch.setattr(encode.multiprocessing, "get_context", lambda method: SimpleNamespace(Pool=PoolHere))
+        patch.setattr(encode, "worker_pool", lambda jobs: nullcontext(PoolHere()))
         command(encode.main, corpus / "manifest.jsonl", "--out", codes, "--codec", codec_folder, "--n-q", N_Q)
     codec = load_codec(codec_folder)
     rows = {row["id"]: row_codes(row, N_Q) for row in read_encoded([codes], "train", codec)}
