@@ -103,7 +103,6 @@ def test_parameters_of_an_lm_that_is_extended(tmp_path: Path) -> None:
         ({"zero_stage": 2}, (2 * 9000, 2 * 1125, 16 * 1125)),
         ({"zero_stage": 3}, (2 * 1125, 2 * 1125, 16 * 1125)),
         # of the experts 8000 / 4, which two ranks hold
-        ({"zero_stage": 0, "expert_parallel": 4}, (2 * 3000, 2 * 3000, 16 * 3000)),
         ({"zero_stage": 1, "expert_parallel": 4}, (2 * 3000, 2 * 3000, 16 * (125 + 1000))),
         ({"zero_stage": 2, "expert_parallel": 8}, (2 * 2000, 2 * (125 + 1000), 16 * (125 + 1000))),
         ({"bf16": False}, (4 * 9000, 4 * 9000, 8 * 9000)),

@@ -254,7 +254,12 @@ def test_a_second_run_in_the_same_folder_is_refused(
         ({"balance": {"method": "magic"}}, "balance: Input tag 'magic' found using 'method' does not match"),
         ({"balance": {"method": "fixed", "weights": {"emotion": 2}}}, "balance.weights: emotion not among the tasks"),
         ({"balance": {"method": "pcgrad"}, "zero_stage": 2}, "balance: pcgrad holds whole gradients of each task"),
-        ({"balance": {"method": "pcgrad"}, "expert_parallel": 2}, "and expert_parallel = 1, not 2; or choose another"),
+        ({"expert_parallel": 2}, "expert_parallel: DeepSpeed clips by another norm on each rank with zero_stage = 0"),
+        ({"offload": True}, "offload: there is nothing that ZeRO shares with zero_stage = 0: set it to 1, 2 or 3"),
+        (
+            {"balance": {"method": "pcgrad"}, "expert_parallel": 2, "zero_stage": 1},
+            "and expert_parallel = 1, not 2; or choose another",
+        ),
         ({"max_answer_tokens": 200}, "make sequences of 700 ids; model.max_positions = 512: raise it"),
         ({"start_from": "nowhere"}, "start_from: nowhere: not a checkpoint folder"),
         ({"n_q": 2, "merge_repeats": False, "max_audio_seconds": 8}, "encoded with 1 codebooks, 2 are asked for"),

@@ -45,6 +45,14 @@ def test_clips_of_all_lengths_are_spread_over_the_ranks(mixture: Mixture, most: 
         assert (example.instruction, example.answer) == (TASKS["transcribe"].wordings[0], ("Yes.",))
     ranks = [dev_set("dev", mixture, "transcribe", most, rank, 3) for rank in range(3)]
     shared = [seconds for rank in ranks for seconds in rank.durations]
+    swaps = {len(e.codes[0]): len(other.codes[0]) for e, other in zip(whole.examples, whole.foreign, strict=True)}
+    assert swaps == dict(zip(frames, frames[1:] + frames[:1], strict=True)), "the next clip's audio, whatever the ranks"
+    for rank in ranks:
+        assert len(rank.examples) == len(rank.foreign) == -(-len(frames) // 3), "as many on each"
+        assert rank.counted == len(rank.durations)
+        for example, other in zip(rank.examples, rank.foreign, strict=True):
+            assert swaps[len(example.codes[0])] == len(other.codes[0])
+            assert (example.instruction, example.answer) == (other.instruction, other.answer)
     assert sorted(shared) == sorted(whole.durations)
 
 

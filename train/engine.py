@@ -80,6 +80,9 @@ def start_engine(
     engine: deepspeed.DeepSpeedEngine = deepspeed.initialize(
         model=objective, model_parameters=parameters, config=settings
     )[0]
+    layers = [layer for layer in lm.modules() if isinstance(layer, AutoEPMoELayer)]
+    if any(layer.shared_experts is not None for layer in layers):  # which whole_state does not gather
+        raise InputError(f"expert_parallel: {lm.config.model_type} has experts that see every position: set it to 1")
     return engine
 
 

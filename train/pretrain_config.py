@@ -129,6 +129,10 @@ class Pretraining(Settings):
     def _parallelism_fits(self) -> Pretraining:
         if self.offload and not self.zero_stage:
             raise ValueError("offload: there is nothing that ZeRO shares with zero_stage = 0: set it to 1, 2 or 3")
+        if self.expert_parallel > 1 and not self.zero_stage:
+            raise ValueError(
+                "expert_parallel: DeepSpeed clips by another norm on each rank with zero_stage = 0: set it to 1"
+            )
         return self
 
     @property

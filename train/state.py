@@ -6,8 +6,10 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import deepspeed
@@ -23,6 +25,7 @@ class Layout:
     world: int
     zero_stage: int
     expert_parallel: int
+    spread: bool = False  # whether DeepSpeed holds the experts, even where those of a layer are on one rank
 
     def __str__(self) -> str:
         return f"{self.world} ranks, zero_stage {self.zero_stage}, expert_parallel {self.expert_parallel}"
@@ -58,9 +61,9 @@ class RunState:
         saved = self.saved_as()
         if saved.expert_parallel == self.layout.expert_parallel and not saved.zero_stage and not self.layout.zero_stage:
             return False  # each rank holds all of it
-        return saved != self.layout
+        return replace(saved, spread=False) != self.layout
 
-    @property
+    @cached_property
     def spread(self) -> bool:
         """Whether DeepSpeed is to hold the experts, even those of one rank: a state keeps the form it was saved in.
 
@@ -68,23 +71,23 @@ class RunState:
             InputError: the state was saved in the other form.
         """
         spread = self.layout.expert_parallel > 1
-        if self.tag and self.saved_as().expert_parallel == 1 and spread:
+        if self.tag and spread and not self.saved_as().spread:
             raise InputError(
                 f"{self.folder / self.tag}: saved with expert_parallel = 1: go on with that, or begin a new run with "
                 "its checkpoint as start_from"
             )
-        return spread or (bool(self.tag) and self.saved_as().expert_parallel > 1)
+        return spread or (self.tag is not None and self.saved_as().spread)
 
     def save(self, engine: deepspeed.DeepSpeedEngine, step: int, client: dict[str, Any]) -> None:
         """Write the state after ``step``; all ranks must call it. When it fails, the one before still counts."""
-        rank, tag = distributed.get_rank(), f"step-{step}"
+        rank, tag, layout = distributed.get_rank(), f"step-{step}", replace(self.layout, spread=self.spread)
         new = self.folder / tag
         if rank == 0 and tag != self.tag:
             shutil.rmtree(new, ignore_errors=True)  # of a run that was killed while it saved, perhaps with more ranks
         distributed.barrier()
         engine.save_checkpoint(str(self.folder), tag=tag, client_state=client, save_latest=False)
         if rank == 0:
-            (new / "layout.json").write_text(json.dumps(asdict(self.layout)) + "\n", encoding="utf-8")
+            (new / "layout.json").write_text(json.dumps(asdict(layout)) + "\n", encoding="utf-8")
         distributed.barrier()
         if rank == 0:
             self._count(tag)
@@ -110,7 +113,7 @@ class RunState:
             tag = self._universal(tag)
         try:
             _, client = engine.load_checkpoint(str(self.folder), tag=tag)
-        except (OSError, RuntimeError, KeyError, AssertionError) as error:
+        except (OSError, RuntimeError, LookupError, ValueError, EOFError, AssertionError, UnpicklingError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(
                 f"{self.folder / tag}: cannot be read ({reason}): start anew with another 'out'"

@@ -42,6 +42,7 @@ class DevSet:
     name: str
     task: str
     examples: list[Example]
+    foreign: list[Example]  # the same with the audio of the next clip, of all ranks'
     durations: list[float]  # of the clips that count, in seconds
     counted: int
 
@@ -87,14 +88,10 @@ class Validation:
         """Loss per answer id with each clip's own audio, and with the next clip's audio in its place."""
         sums = torch.zeros(3, device=lm.device)  # where the ranks of a job on GPUs can add them up
         for start in range(0, len(dev.examples), CHUNK):
-            chunk = dev.examples[start : start + CHUNK]
-            swapped = [
-                Example(other.codes, e.instruction, e.answer)
-                for e, other in zip(chunk, chunk[1:] + chunk[:1], strict=True)
-            ]
+            chunk, foreign = (some[start : start + CHUNK] for some in (dev.examples, dev.foreign))
             counted = max(0, dev.counted - start)
             own, count = self.summed_loss(lm, chunk, counted)
-            sums += torch.stack([own, self.summed_loss(lm, swapped, counted)[0], count]).to(sums.device)
+            sums += torch.stack([own, self.summed_loss(lm, foreign, counted)[0], count]).to(sums.device)
         if self.world > 1:
             distributed.all_reduce(sums)
         own_mean, foreign_mean = (sums[:2] / sums[2]).tolist()
@@ -147,6 +144,10 @@ def dev_set(name: str, mixture: Mixture, task: str, most: int, rank: int, world:
     count = min(most * LABELS if TASKS[task].metric == "accuracy" else most, len(able))
     chosen = [able[n * len(able) // count] for n in range(count)]
     own, wording = chosen[rank::world], TASKS[task].wordings[:1]
-    filled = own + chosen[-1:] * (-(-count // world) - len(own))
-    examples = [mixture.example(Draw(task, row), Random(row), wording) for row in filled]
-    return DevSet(name, task, examples, [mixture.facts(row).duration for row in own], len(own))
+    pairs = [*zip(chosen, chosen[1:] + chosen[:1], strict=True)]  # a clip and the next
+    filled = pairs[rank::world] + pairs[-1:] * (-(-count // world) - len(own))
+    examples, others = (
+        [mixture.example(Draw(task, row), Random(row), wording) for row in rows] for rows in zip(*filled, strict=True)
+    )
+    foreign = [Example(other.codes, e.instruction, e.answer) for e, other in zip(examples, others, strict=True)]
+    return DevSet(name, task, examples, foreign, [mixture.facts(row).duration for row in own], len(own))
