@@ -5,6 +5,7 @@ Parts of the loss that belong to no task (router, audio, CTC) are added to it as
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -124,16 +125,16 @@ class Balance(nn.Module):
             raise InputError("balance: the saved state is of another method: keep the method, or set another 'out'")
 
 
-class Weighted(Balance):
+class Weighted(Balance, ABC):
     """Σ weight · share · mean over the tasks; what the weights are is left to the methods."""
 
     def forward(self, losses: TaskLosses, trained: Sequence[nn.Parameter]) -> tuple[Tensor, Tensor]:
         weights = self.weights(losses, trained)
         return (weights * losses.shares * losses.means).sum(), weights.detach()
 
+    @abstractmethod
     def weights(self, losses: TaskLosses, trained: Sequence[nn.Parameter]) -> Tensor:
         """Float [tasks]; those of tasks that are not in the batch do not matter."""
-        raise NotImplementedError
 
     def observe(self, told: Tensor) -> dict[str, float]:
         return super().observe(told) | {f"weight_{task}": weight for task, *_, weight in self._present(told)}
