@@ -187,6 +187,15 @@ def test_a_changed_task_is_noticed(rows: Dataset, monkeypatch: pytest.MonkeyPatc
     assert names(make(rows, "transcribe")) == {"transcribe": {"codes": ["dogs"]}} != before
 
 
+def test_what_a_row_can_teach_is_found_out_once(rows: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = names(make(rows, "transcribe"))
+    monkeypatch.delattr(mixtures, "size")  # which a row that is described anew needs
+    assert names(make(rows, "transcribe")) == before
+    monkeypatch.setattr(mixtures, "_source", lambda: "another package")
+    with pytest.raises(NameError, match="size"):
+        make(rows, "transcribe")
+
+
 def test_tasks_on_text_hear_nothing(rows: Dataset) -> None:
     mixture = make(rows, "translate_text_de", noise=CodeNoise(0.5, 0.5))
     draws = draws_of(mixture, "translate_text_de", "dogs")

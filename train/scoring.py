@@ -23,6 +23,7 @@ SCORES = {
     "activity": ("f1",),
     "slots": ("slot_f1", "intent_accuracy"),
 }
+LOWER_IS_BETTER = frozenset({"wer", "der", "cpwer", "invented", "malformed"})
 
 
 def score(

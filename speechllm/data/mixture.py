@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
 from random import Random
 from time import perf_counter
 
@@ -12,8 +14,10 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets import Sequence as Values
+from datasets.fingerprint import Hasher
 from torch import Tensor
 
+import speechllm
 from speechllm.data.encoded import row_codes, row_facts
 from speechllm.errors import InputError
 from speechllm.prompt import Batch, Example, collate, render
@@ -135,6 +139,12 @@ def writable(answer: Parts, vocabulary: Vocabulary) -> bool:
     return True
 
 
+@cache
+def _source() -> str:
+    """A hash of the package's code."""
+    return Hasher.hash([path.read_bytes() for path in sorted(Path(speechllm.__file__).parent.rglob("*.py"))])
+
+
 class Mixture:
     """Rows of several corpora as examples of tasks. Everything random depends on the given random state alone.
 
@@ -158,8 +168,10 @@ class Mixture:
             fn_kwargs={"tasks": list(tasks), "vocabulary": vocabulary, "max_seconds": max_seconds},
             remove_columns=self.rows.column_names,
             features=Features({"tasks": Values(Value("int64")), "lengths": Values(Value("float64"))}),
-            keep_in_memory=True,
-            load_from_cache_file=False,  # the cache would not notice that a task is another
+            # kept in the cache of datasets, which by itself would not notice that a task is another
+            new_fingerprint=Hasher.hash(
+                [self.rows._fingerprint, [TASKS[t] for t in tasks], vocabulary.to_dict(), max_seconds, _source()]
+            ),
             desc="tasks of each recording",
         )
         able: list[list[int]] = [[] for _ in tasks]
