@@ -8,7 +8,6 @@ and what is finished is not run again.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import subprocess
@@ -16,9 +15,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib
+import typer
 import yaml
 from pydantic import Field, ValidationError
 
@@ -27,6 +27,7 @@ from speechllm.tasks import TASKS
 from train.config import Settings, read_config
 from train.log import read_metrics
 from train.loop import progress_bar
+from train.making import plain_errors
 from train.pretrain_config import Pretraining
 from train.scoring import LOWER_IS_BETTER, SCORES
 
@@ -197,32 +198,23 @@ def report(runs: list[Run], out: Path) -> Table:
     return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", type=Path, required=True, help="YAML file; see train/configs/compare-balance.yaml")
-    parser.add_argument(
-        "--launcher",
-        default=sys.executable,
-        help='what starts a run: "deepspeed --num_accelerators 2"; default: python',
-    )
-    arguments = parser.parse_args()
-    try:
-        comparison = read_config(arguments.config, Comparison)
+def main(
+    config: Annotated[Path, typer.Option(help="YAML file; see train/configs/compare-balance.yaml")],
+    launcher: Annotated[str, typer.Option(help="What starts a run: 'deepspeed --num_accelerators 2'")] = sys.executable,
+) -> None:
+    """Train variants of one configuration and set their validations side by side."""
+    with plain_errors(config):
+        comparison = read_config(config, Comparison)
         runs = plan_runs(comparison)
         with progress_bar() as bar:
             task = bar.add_task("compare", total=len(runs))
             for run in runs:
                 bar.update(task, description=f"{run.variant}, seed {run.seed}")
                 if run.scores() is None:
-                    train(run, arguments.launcher)
+                    train(run, launcher)
                 bar.advance(task)
-        print(report(runs, comparison.out).markdown())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on")
+        typer.echo(report(runs, comparison.out).markdown())
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)
