@@ -39,7 +39,8 @@ def manifest(tmp_path: Path) -> Path:
 
 def test_results_are_hand_computed(manifest: Path) -> None:
     task = TASKS["transcribe"]
-    questions = [q for item in evaluate.read_corpus([manifest], "test") if (q := evaluate.pose(item, task))]
+    items = evaluate.read_corpus([manifest], "test")
+    questions = [q for item in items if (q := evaluate.pose(item, task, items))]
     said = [task.read((text,) if text else ()) for text in ("a dog", "a hat", "")]
     (result,) = evaluate.results_of("made", task, None, questions, said)
     assert result.value == pytest.approx(100 * 3 / 6)  # one substitution and two deletions in six words
@@ -47,7 +48,7 @@ def test_results_are_hand_computed(manifest: Path) -> None:
     assert result.high is not None
     assert result.low <= result.value <= result.high
     german = TASKS["translate_de"]
-    questions = [q for item in evaluate.read_corpus([manifest], "test") if (q := evaluate.pose(item, german))]
+    questions = [q for item in items if (q := evaluate.pose(item, german, items))]
     (exact,) = evaluate.results_of("made", german, None, questions, [german.read(("ein Hund",))] * 3)
     assert exact.metric == "BLEU"
     assert exact.low is None

@@ -1,5 +1,6 @@
 """Tasks: wordings, answers written and read back, malformed answers, and finding a task from what a user types."""
 
+from collections import Counter
 from random import Random
 
 import pytest
@@ -88,7 +89,7 @@ def test_silence() -> None:
     assert TASKS["activity"].read(("no speech",)) == ParsedAnswer("no speech")
     assert TASKS["speakers"].write(silence) == ("none",)
     assert TASKS["spoken_word"].write(silence, "dog") == ("no",)
-    for name in ("language", "emotion", "gender", "accent", "intent", "next_text"):
+    for name in ("language", "emotion", "gender", "accent", "intent", "next_text", "spoken_word"):
         assert TASKS[name].pose(silence, Random(0)) is None
 
 
@@ -161,17 +162,44 @@ def test_accents_by_name_or_by_first_language() -> None:
 
 def test_questions_with_a_gap_are_asked_both_ways() -> None:
     facts = Facts(1.0, "Two dogs run.", "en", labels={"emotion": "anger"})
-    for name, there in (("is_emotion", {"angry"}), ("spoken_word", {"two", "dogs", "run"})):
+    other = Facts(1.0, "Two cats sleep, so.", "en", labels={"emotion": "fear"})
+    same = Facts(1.0, "Two. Dogs run!", "en", labels={"emotion": "anger"})
+    for name, own, theirs in (
+        ("is_emotion", {"angry"}, {"afraid"}),
+        ("spoken_word", {"dogs", "run"}, {"cats", "sleep"}),  # nothing that both say, or that is short
+    ):
         task, seen = TASKS[name], set()
         for seed in range(200):
-            asked = task.pose(facts, Random(seed))
+            rng = Random(seed)
+            asked = task.pose(facts, rng, None, lambda rng=rng: rng.choice([same, same, other]))  # type: ignore[misc]
             assert asked is not None
             about = task.match(asked[0])
-            assert asked[1] == (("yes",) if about in there else ("no",))
-            seen.add(asked[1])
+            assert asked[1] == (("yes",) if about in own else ("no",))
+            seen.add((about, asked[1]))
             assert asked[0].replace(str(about), "{}") in task.wordings
-        assert seen == {("yes",), ("no",)}
+        assert seen == {(a, ("yes",)) for a in own} | {(a, ("no",)) for a in theirs}
+        alone = task.pose(facts, Random(1), None, lambda: same)
+        assert alone is not None and alone[1] == ("yes",)
     assert set(EMOTIONS.values()) == set(TASKS["emotion"].labels)  # type: ignore[attr-defined]
+
+
+def test_a_question_with_a_gap_does_not_tell_its_own_answer() -> None:
+    """Whatever is asked about is there as often as it is not, though some words are said more often than others."""
+    texts = ["the man runs", "the man sleeps", "the man sings", "the dog runs", "dogs sleep"]
+    emotions = ["anger", "fear", "sadness", "calm", "disgust"]
+    corpus = [Facts(1.0, text, labels={"emotion": e}) for text, e in zip(texts, emotions, strict=True)]
+    rng = Random(0)
+    for name, seldom in (("is_emotion", 5), ("spoken_word", 8)):
+        task, asked, yes = TASKS[name], Counter[str](), Counter[str]()
+        for _ in range(8000):
+            posed = task.pose(rng.choice(corpus), rng, None, lambda: rng.choice(corpus))
+            assert posed is not None
+            about = task.match(posed[0])
+            assert about is not None
+            asked[about] += 1
+            yes[about] += posed[1] == ("yes",)
+        assert len(asked) == seldom
+        assert all(yes[about] / count == pytest.approx(0.5, abs=0.07) for about, count in asked.items())
 
 
 def test_text_tasks_hold_everything_in_the_instruction() -> None:

@@ -71,9 +71,13 @@ class Question:
     answer: Parts
 
 
-def pose(item: Item, task: Task) -> Question | None:
-    """The first wording of the task, asked about a clip; None when the data do not hold the answer."""
-    asked = task.pose(item.utterance.facts(), Random(item.utterance.id), task.wordings[:1])
+def pose(item: Item, task: Task, alike: Sequence[Item]) -> Question | None:
+    """The first wording of the task, asked about a clip; None when the data do not hold the answer.
+
+    alike: the clips of its test set; what is asked about may be so of one of these and not of the clip.
+    """
+    rng = Random(item.utterance.id)
+    asked = task.pose(item.utterance.facts(), rng, task.wordings[:1], lambda: rng.choice(alike).utterance.facts())
     return Question(item, *asked) if asked else None
 
 
@@ -181,7 +185,7 @@ def evaluate(sets: Sequence[Path], tasks: Sequence[str], model: Path, split: Spl
         items = read_corpus([path], split)
         name = path.name if path.is_dir() else path.parent.name
         for task in (TASKS[t] for t in tasks):
-            posed = (pose(item, task) for item in items)
+            posed = (pose(item, task, items) for item in items)
             questions = [question for question in posed if question][:limit]
             if not questions:
                 continue

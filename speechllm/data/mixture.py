@@ -49,6 +49,7 @@ class TrainingBatch:
     transcript_lengths: Tensor  # int64 [examples]; 0 where there is no transcript
     traits: Tensor  # int64 [examples, traits]: what is heard of TRAITS, as places of their labels; -1 where not known
     draws: tuple[Draw, ...]  # [examples]
+    audio_seconds: float  # that its examples hear
     seconds: float  # that making the batch took
 
     @property
@@ -180,10 +181,10 @@ class Mixture:
             for place, length in zip(places, lengths, strict=True):
                 able[place].append(row)
                 sizes[place].append(length)
-        ends = np.cumsum([len(rows) for rows in corpora.values()])[:-1]
+        self._names, self._ends = list(corpora), np.cumsum([len(rows) for rows in corpora.values()])
         self.pools: dict[str, dict[str, Pool]] = {}
         for name, found, length in zip(tasks, able, sizes, strict=True):
-            cuts = np.searchsorted(found, ends)
+            cuts = np.searchsorted(found, self._ends[:-1])
             parts = zip(np.split(np.array(found, int), cuts), np.split(np.array(length), cuts), strict=True)
             for corpus, (rows, lengths) in zip(corpora, parts, strict=True):
                 if len(rows):
@@ -202,7 +203,9 @@ class Mixture:
         """The utterance with an instruction (drawn from ``wordings``, the trained ones unless given) and its answer."""
         row, task = self.rows[draw.row], TASKS[draw.task]
         facts = row_facts(row)
-        posed = task.pose(facts, rng, wordings)
+        corpus = self._names[int(np.searchsorted(self._ends, draw.row, "right"))]
+        alike = self.pools[draw.task][corpus].rows
+        posed = task.pose(facts, rng, wordings, lambda: self.facts(int(rng.choice(alike))))
         assert posed is not None, f"{row['id']} has no answer for {draw.task}"
         return Example(self._heard(row, task, rng), *posed, task.name, facts.language, row["speaker"])
 
@@ -235,6 +238,7 @@ class Mixture:
             transcript_lengths=torch.tensor([len(t) for t in transcripts]),
             traits=torch.tensor([self._traits(draws[index], examples[index]) for index in order]),
             draws=tuple(draws[index] for index in order),
+            audio_seconds=sum(self.facts(draw.row).duration for draw in draws if TASKS[draw.task].listens),
             seconds=perf_counter() - begun,
         )
 

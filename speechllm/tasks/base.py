@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from random import Random
@@ -12,6 +13,7 @@ from typing import Literal
 
 from speechllm.tasks.answer import Facts, ParsedAnswer, Parts
 
+Others = Callable[[], Facts]  # draws another recording of the corpus
 Metric = Literal["wer", "bleu", "accuracy", "turns", "activity", "slots"]
 
 
@@ -36,7 +38,7 @@ class Task(ABC):
     listens: bool = True
     marks: bool = False
 
-    def argument(self, facts: Facts, rng: Random) -> str | None:
+    def argument(self, facts: Facts, rng: Random, others: Others | None = None) -> str | None:
         """What to ask about: the filling of the gap, "" for wordings without one; None where there is nothing."""
         return ""
 
@@ -48,9 +50,14 @@ class Task(ABC):
     def read(self, parts: Parts) -> ParsedAnswer:
         """Read a generated answer back. Never raises: what is malformed is told in ``faults``."""
 
-    def pose(self, facts: Facts, rng: Random, wordings: tuple[str, ...] | None = None) -> tuple[str, Parts] | None:
-        """An instruction, drawn from ``wordings`` (the trained ones unless given), and its answer; None if unknown."""
-        argument = self.argument(facts, rng)
+    def pose(
+        self, facts: Facts, rng: Random, wordings: tuple[str, ...] | None = None, others: Others | None = None
+    ) -> tuple[str, Parts] | None:
+        """An instruction, drawn from ``wordings`` (the trained ones unless given), and its answer; None if unknown.
+
+        Without ``others`` nothing is asked that is to be answered with no.
+        """
+        argument = self.argument(facts, rng, others)
         answer = None if argument is None else self.write(facts, argument)
         if answer is None:
             return None

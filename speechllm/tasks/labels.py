@@ -10,7 +10,7 @@ from random import Random
 
 from speechllm.metrics import normalize_text
 from speechllm.tasks.answer import Facts, ParsedAnswer, Parts
-from speechllm.tasks.base import Task, collapsed, words_of
+from speechllm.tasks.base import Others, Task, collapsed, words_of
 
 YES, NO = "yes", "no"
 # how sets of recordings call an emotion -> how we do, an adjective that fits "Is the speaker …?"
@@ -122,45 +122,53 @@ class NumberOfSpeakers(Trait):
 
 
 @dataclass(frozen=True)
-class IsEmotion(Label):
-    """Yes or no: half of the questions are about the emotion that is there."""
-
-    labels: tuple[str, ...] = (YES, NO)
-
-    def fits(self, argument: str) -> bool:
-        return argument in EMOTIONS.values()
-
-    def argument(self, facts: Facts, rng: Random) -> str | None:
-        emotion = EMOTIONS.get(str(facts.labels.get("emotion")))
-        if emotion is None or rng.random() < 0.5:
-            return emotion
-        return rng.choice([other for other in EMOTIONS.values() if other != emotion])
-
-    def write(self, facts: Facts, argument: str = "") -> Parts | None:
-        emotion = EMOTIONS.get(str(facts.labels.get("emotion")))
-        return None if emotion is None else (YES if emotion == argument else NO,)
-
-
-@dataclass(frozen=True)
-class SpokenWord(Label):
-    """Yes or no: half of the questions are about a word that is spoken.
-
-    others: words to ask about that most likely are not.
+class YesNo(Label):
+    """Whether something is so of the recording. Half of the questions are about what is so of it and not of another
+    recording of the corpus, half the other way round: whatever is asked about, the question alone tells little.
     """
 
     labels: tuple[str, ...] = (YES, NO)
-    others: tuple[str, ...] = ()
 
-    def argument(self, facts: Facts, rng: Random) -> str | None:
-        words = [word for word in normalize_text(facts.text or "").split() if len(word) > 2]
-        if facts.text is None or (words and rng.random() < 0.5):
-            return rng.choice(words) if words else None
-        return rng.choice([other for other in self.others if other not in words])
+    DRAWS = 20  # of other recordings, to find one that differs
+
+    @abstractmethod
+    def of(self, facts: Facts) -> frozenset[str] | None:
+        """All that is so, None when it is not known."""
+
+    def argument(self, facts: Facts, rng: Random, others: Others | None = None) -> str | None:
+        own = self.of(facts)
+        if not own:
+            return None
+        for _ in range(self.DRAWS if others else 0):
+            assert others is not None
+            other = self.of(others()) or frozenset()
+            if own - other and other - own:
+                return rng.choice(sorted(own - other if rng.random() < 0.5 else other - own))
+        return rng.choice(sorted(own))
 
     def write(self, facts: Facts, argument: str = "") -> Parts | None:
+        own = self.of(facts)
+        return None if own is None else (YES if argument in own else NO,)
+
+
+@dataclass(frozen=True)
+class IsEmotion(YesNo):
+    def fits(self, argument: str) -> bool:
+        return argument in EMOTIONS.values()
+
+    def of(self, facts: Facts) -> frozenset[str] | None:
+        emotion = EMOTIONS.get(str(facts.labels.get("emotion")))
+        return None if emotion is None else frozenset([emotion])
+
+
+@dataclass(frozen=True)
+class SpokenWord(YesNo):
+    SHORTEST = 3  # letters of a word that is asked about
+
+    def of(self, facts: Facts) -> frozenset[str] | None:
         if facts.text is None:
             return None
-        return (YES if argument in normalize_text(facts.text).split() else NO,)
+        return frozenset(word for word in normalize_text(facts.text).split() if len(word) >= self.SHORTEST)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from random import Random
 
 from speechllm.tasks.answer import Facts, ParsedAnswer, Parts, Speaker, Time
-from speechllm.tasks.base import Task, collapsed, words_of
+from speechllm.tasks.base import Others, Task, collapsed, words_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class TextTranslation(PlainText):
     listens: bool = False
     target: str = ""
 
-    def argument(self, facts: Facts, rng: Random) -> str | None:
+    def argument(self, facts: Facts, rng: Random, others: Others | None = None) -> str | None:
         return collapsed(facts.text or "") or None
 
     def write(self, facts: Facts, argument: str = "") -> Parts | None:
@@ -55,7 +55,7 @@ class NextText(PlainText):
 
     listens: bool = False
 
-    def argument(self, facts: Facts, rng: Random) -> str | None:
+    def argument(self, facts: Facts, rng: Random, others: Others | None = None) -> str | None:
         words = (facts.text or "").split()
         return " ".join(words[: rng.randrange(1, len(words))]) if len(words) > 1 else None
 
