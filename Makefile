@@ -1,7 +1,7 @@
 # make run      install, and answer one question about a clip
 # make test     install with the developer's tools, and run the tests
 # make check    ruff, format, types
-# make bench    speed of the serving engine on this machine
+# make bench    speed of answering and of training on this machine
 # make clean    remove .venv and everything generated
 #
 # PyPI's torch for Linux brings CUDA libraries (several GB). Where they are not wanted, name an index of CPU wheels:
@@ -26,8 +26,9 @@ check: .venv/.dev-stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy speechllm train serve
 
-bench: .venv/.run-stamp
+bench: .venv/.dev-stamp
 	$(BIN)/python -m serve.bench
+	$(BIN)/python -m train.bench
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

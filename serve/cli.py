@@ -77,6 +77,15 @@ def ask(
         typer.Argument(metavar="AUDIO", help="Audio files (wav, flac, ogg, opus, mp3); - reads standard input."),
     ],
     model: Model = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            "--adapter",
+            "-a",
+            metavar="NAME",
+            help="Adapter by train/finetune.py: its name in the checkpoint, or a folder.",
+        ),
+    ] = None,
     format: Annotated[
         Format, typer.Option("--format", "-f", help="text: one line per file. json: one object per file.")
     ] = Format.text,
@@ -100,7 +109,7 @@ def ask(
       ffmpeg -i talk.mp4 -f wav - | speechllm ask "Transcribe this audio" -
     """
     with plain_errors():
-        checkpoint = _load(model, device)
+        checkpoint = _load(model, device, adapter)
         from serve.answer import Answerer, Failure
         from speechllm.tasks import find_task
 
@@ -120,10 +129,11 @@ def ask(
 def info(model: Model = None) -> None:
     """Say what a checkpoint is.
 
-    Its model, codec, vocabulary, limits and tasks, one a line.
+    Its model, codec, vocabulary, limits, tasks and adapters, one a line.
     """
     with plain_errors():
         checkpoint = _load(model, Device.cpu)
+        from speechllm.adapter import adapter_names, describe_adapter
         from speechllm.model import parameter_counts
         from speechllm.tasks import TASKS
 
@@ -148,6 +158,8 @@ def info(model: Model = None) -> None:
         for name in settings.tasks:
             wording = TASKS[name].wordings[0].replace("{}", "…") if name in TASKS else "(unknown to this version)"
             rows[f"task {name}"] = f'"{wording}", or other words for it'
+        for name in adapter_names(checkpoint.folder):
+            rows[f"adapter {name}"] = describe_adapter(checkpoint.folder, name)
         width = max(map(len, rows))
         for name, value in rows.items():
             print(f"{name:<{width}}  {value}", flush=True)
@@ -158,7 +170,7 @@ def main() -> None:
     app()
 
 
-def _load(model: Path | None, device: Device) -> Checkpoint:
+def _load(model: Path | None, device: Device, adapter: str | None = None) -> Checkpoint:
     """The checkpoint, without a word from the libraries. Raises InputError."""
     warnings.simplefilter("ignore")
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -172,7 +184,7 @@ def _load(model: Path | None, device: Device) -> Checkpoint:
 
     disable_progress_bar()
     gpu = device is Device.cuda or (device is Device.auto and torch.cuda.is_available())
-    return load_checkpoint(DEFAULT if model is None else model, "cuda" if gpu else "cpu")
+    return load_checkpoint(DEFAULT if model is None else model, "cuda" if gpu else "cpu", adapter)
 
 
 def _with_progress(answers: Iterator[Answer | Failure], files: int) -> Iterator[Answer | Failure]:

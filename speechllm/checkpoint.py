@@ -5,10 +5,12 @@ codec/                the codec (config.json, model.safetensors)
 text.model            the SentencePiece model; or tokenizer.json, where the LM brought a tokenizer of its own
 speechllm.json        vocabulary, limits, and the fingerprint that ties the parts together
 README.md             the model card
+adapters/NAME/        adapters of the LM, if there are any, each in a folder of its own: see speechllm.adapter
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from speechllm.adapter import find_adapter, merge_adapter
 from speechllm.codec import Codec, copy_codec, load_codec
 from speechllm.errors import InputError, first_problem
 from speechllm.model import LOADING_ERRORS, load_model
@@ -87,10 +90,12 @@ def save_checkpoint(
     shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
     new.mkdir(parents=True)
     given = lm.state_dict() if weights is None else weights
-    state = {key: value.detach().to("cpu", dtype) for key, value in given.items()}
-    if lm.config.tie_word_embeddings:  # one table under two names: stored once
-        state.pop("lm_head.weight", None)
+    tied = lm.get_expanded_tied_weights_keys(all_submodels=True)  # other names of a table: it is stored once
+    state = {key: value.detach().to("cpu", dtype) for key, value in given.items() if key not in tied}
     lm.save_pretrained(new / LM, state_dict=state, max_shard_size=MAX_SHARD)
+    config = new / LM / "config.json"  # which has the type of the weights in memory
+    told = json.loads(config.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
+    config.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     codec_fingerprint = copy_codec(codec, new / CODEC).fingerprint(vocabulary.n_q)
     text.save(new / text.FILE)
     settings = CheckpointSettings(
@@ -125,11 +130,17 @@ def read_settings(folder: str | Path) -> CheckpointSettings:
         raise InputError(f"{path}: not a checkpoint's settings: not UTF-8") from error
 
 
-def load_checkpoint(folder: str | Path = DEFAULT, device: str | torch.device = "cpu") -> Checkpoint:
+def load_checkpoint(
+    folder: str | Path = DEFAULT, device: str | torch.device = "cpu", adapter: str | Path | None = None
+) -> Checkpoint:
     """Read a checkpoint and check that its parts belong together.
 
+    adapter: one to merge into the weights, a name in the checkpoint's ``adapters/`` or a folder; its tasks are added
+    to the settings.
+
     Raises:
-        InputError: the folder is not a checkpoint, a file is missing or damaged, or the parts do not fit.
+        InputError: the folder is not a checkpoint, a file is missing or damaged, or the parts do not fit, the adapter
+            among them.
     """
     folder = Path(folder)
     settings = read_settings(folder)
@@ -167,4 +178,8 @@ def load_checkpoint(folder: str | Path = DEFAULT, device: str | torch.device = "
     ):
         if not fits:
             raise InputError(f"{folder}: its parts do not belong together: {message}")
+    if adapter is not None:
+        added = merge_adapter(lm, folder / LM, settings.fingerprint, find_adapter(folder, adapter))
+        tasks = tuple(dict.fromkeys(settings.tasks + added.tasks))
+        settings = settings.model_copy(update={"name": f"{settings.name} + {added.name}", "tasks": tasks})
     return Checkpoint(lm, codec, text, vocabulary, settings, folder)

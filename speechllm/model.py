@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import speechllm._torchaudio  # noqa: F401  # before transformers, whose models import torchaudio
 
@@ -14,9 +14,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
+from transformers.utils import is_flash_attn_2_available
+
+from speechllm.errors import InputError
 
 # what transformers raises of files that are missing, damaged, or none of a causal LM
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, TypeError, ImportError, SafetensorError, StrictDataclassError)
+
+Attention = Literal["flash_attention_2", "sdpa", "eager"]  # implementations, as transformers calls them
+FLASH, SDPA, _ = get_args(Attention)
 
 
 class ModelConfig(BaseModel):
@@ -115,6 +122,8 @@ def _mean_and_spread(rows: Tensor) -> tuple[Tensor, Tensor]:
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> PreTrainedModel:
     """Any Hugging Face causal LM saved in ``folder``, in evaluation mode; float32 on CPUs, else as it was saved.
 
+    Its attention is the best there is for this, see :func:`choose_attention`.
+
     Raises:
         LOADING_ERRORS: a file is missing or damaged, or a weight is not in the files.
     """
@@ -122,7 +131,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> PreTra
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
-        attn_implementation="sdpa",
+        attn_implementation=SDPA,
         use_safetensors=True,
         trust_remote_code=False,
         output_loading_info=True,
@@ -132,7 +141,53 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> PreTra
         raise ValueError(f"no weights for {', '.join(sorted(report['missing_keys']))}")
     lm.to(device).eval()
     assert isinstance(lm, PreTrainedModel)
+    lm.set_attn_implementation(choose_attention(lm, lm.device, lm.dtype))
     return lm
+
+
+def choose_attention(
+    lm: PreTrainedModel,
+    device: torch.device,
+    dtype: torch.dtype,
+    wanted: Attention | None = None,
+    flash_attn: bool | None = None,
+) -> Attention:
+    """The implementation of attention for an LM that computes in ``dtype`` on ``device``: ``wanted``, else the best.
+
+    That is FlashAttention (Dao 2023) where the package flash-attn is installed and the LM computes in half precision
+    on a GPU. An LM whose attention is not the one that most of transformers share does not get it: it might not be
+    told which sequences share a row.
+
+    flash_attn: whether that package can be used; looked up when None.
+
+    Raises:
+        InputError: FlashAttention is wanted and cannot be had.
+    """
+    installed = is_flash_attn_2_available() if flash_attn is None else flash_attn
+    lacks = {
+        "the package flash-attn (pip install --no-build-isolation -e '.[gpu]')": installed,
+        "a GPU": device.type == "cuda",
+        "bf16": dtype in (torch.bfloat16, torch.float16),
+        f"another LM than {lm.config.model_type}": lm._supports_flash_attn and lm._supports_attention_backend,
+    }
+    missing = [what for what, there in lacks.items() if not there]
+    if wanted == FLASH and missing:
+        raise InputError(f"attn_implementation: {FLASH} needs {' and '.join(missing)}: or leave the setting out")
+    return wanted or (SDPA if missing else FLASH)
+
+
+def keep_apart(lm: PreTrainedModel, position_ids: Tensor) -> dict[str, Any]:
+    """What ``lm`` must be called with, beside ``position_ids [B, seq]``, for the sequences of a row not to see others.
+
+    Positions that begin anew are enough for other implementations. FlashAttention is told by them in a batch of one
+    row alone, and reads them anew in each layer; where sequences begin is right for any number of rows. Padding (0) is
+    then a sequence of each position.
+    """
+    if lm.config._attn_implementation != FLASH:
+        return {}
+    (begins, _), (longest, _) = prepare_fa_kwargs_from_position_ids(position_ids)
+    most = int(longest)
+    return {"cu_seq_lens_q": begins, "cu_seq_lens_k": begins, "max_length_q": most, "max_length_k": most}
 
 
 def experts(config: PreTrainedConfig) -> tuple[int, int] | None:

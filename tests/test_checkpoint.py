@@ -11,6 +11,7 @@ import torch
 from conftest import filled
 from safetensors.torch import load_file, save_file
 from test_text import byte_level
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import speechllm.checkpoint
 from speechllm.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -127,6 +128,24 @@ def test_half_precision_rounds_the_weights_and_nothing_else(parts: Checkpoint, t
     again, expected = load_checkpoint(tmp_path).lm.state_dict(), parts.lm.state_dict()
     assert all(torch.equal(value, expected[name].bfloat16().float()) for name, value in again.items())
     assert {parameter.dtype for parameter in parts.lm.parameters()} == {torch.float32}
+    told = [json.loads((folder / "lm" / "config.json").read_text())["dtype"] for folder in (tmp_path, parts.folder)]
+    assert told == ["bfloat16", "float32"]
+    assert parts.lm.config.dtype != "bfloat16", "the model in memory is what it was"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "lm", dtype="auto").dtype == torch.bfloat16
+
+
+def test_a_table_of_two_names_is_stored_once(parts: Checkpoint, tmp_path: Path) -> None:
+    """Whatever the LM calls its output table."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    for tied in (True, False):
+        lm = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCABULARY.size, **sizes, tie_word_embeddings=tied)).eval()
+        weights = {name: value.clone() for name, value in lm.state_dict().items()}  # as gathered from ranks
+        save_checkpoint(tmp_path, lm, parts.folder / "codec", TEXT, VOCABULARY, **NAMES, weights=weights)
+        stored = load_file(tmp_path / "lm" / "model.safetensors")
+        assert ("embed_out.weight" in stored) != tied
+        again = load_checkpoint(tmp_path).lm.state_dict()
+        assert again.keys() == weights.keys()
+        assert all(torch.equal(value, weights[name]) for name, value in again.items())
 
 
 def rewrite(path: Path, **changes: object) -> None:

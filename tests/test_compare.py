@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import typer
-from conftest import write_yaml
+from conftest import ROOT, write_yaml
 from typer.testing import CliRunner
 
 from speechllm.errors import InputError
@@ -92,6 +92,14 @@ def test_settings_of_variants(tmp_path: Path) -> None:
         ("small", 4, 4, 0.1, 7, "small-4"),
     ]
     assert all(compare.read_config(run.file, Pretraining) == run.config for run in runs)
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "train" / "configs").glob("compare-*.yaml")), ids=lambda p: p.stem)
+def test_ready_made_comparisons_are_ones(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    comparison = compare.read_config(config, Comparison).model_copy(update={"out": tmp_path})
+    runs = plan_runs(comparison)
+    assert len({run.config.model_copy(update={"out": tmp_path}).model_dump_json() for run in runs}) == len(runs)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,41 @@ from conftest import run_program, write_yaml
 from speechllm.checkpoint import load_checkpoint
 
 STEPS, STOP = 4, 2
+# Adds up the gradients 1, 2^-9, 2^-9, … of a weight: in bf16 the sum would stay 1. Prints the norms of the means.
+SUMS = """
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+from torch import distributed, nn
+
+from train import pretrain
+from train.engine import deepspeed_settings, on_machine, update
+from train.pretrain_config import Pretraining
+
+class Slope(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(8))
+
+    def forward(self, slope):
+        return (self.weight[:1] * slope).sum()
+
+
+pretrain.single_process_environment()
+for stage in range(4):
+    config = pretrain.read_config(Path(sys.argv[1]), Pretraining).model_copy(update={"zero_stage": stage})
+    module = Slope()
+    settings = deepspeed_settings(on_machine(config, gpu=False), gpu=False, universal=False)
+    engine = deepspeed.initialize(model=module, model_parameters=[*module.parameters()], config=settings)[0]
+    for micro_batch in range(config.grad_accum_steps):
+        if micro_batch:
+            engine.step()
+        engine.backward(engine(torch.tensor(2.0**-9 if micro_batch else 1.0)))
+    print("norm", stage, update(engine))
+distributed.destroy_process_group()
+"""
 # Runs the trainings of several configs one after another in the same processes, and notes the losses of each micro
 # batch and the weights they end with. "stop" ends a training after step STOP, which has been saved.
 OBSERVED = """
@@ -71,8 +106,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "recomputed": {"activation_checkpointing": True},
     "experts": {"zero_stage": 1, "expert_parallel": 2},
     "experts, zero 3": {"zero_stage": 3, "expert_parallel": 2},
+    "bf16": {"bf16": True, "zero_stage": 2},
+    "bf16, experts": {"bf16": True, "expert_parallel": 2, "zero_stage": 1},
 }
-TAKEN_UP = {"zero 0": 0, "zero 2": 1, "zero 3": 3, "experts": 1}  # and the stage with which one process goes on
+# and the stage with which one process goes on
+TAKEN_UP = {"zero 0": 0, "zero 2": 1, "zero 3": 3, "experts": 1, "bf16, experts": 1}
 
 
 def observe(folder: Path, configs: dict[str, dict[str, Any]], processes: int, stop: bool = False) -> None:
@@ -108,10 +146,13 @@ def settings(pretrain_settings: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def alone(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process that does the work of two."""
+    """One process that does the work of two, in float32 and in bf16."""
     folder = tmp_path_factory.mktemp("alone")
-    observe(folder, {"alone": settings | {"out": folder / "run", "grad_accum_steps": 2}}, 1)
-    return folder / "run"
+    ways = {"float32": {}, "bf16": {"bf16": True}}
+    observe(
+        folder, {name: settings | way | {"out": folder / name, "grad_accum_steps": 2} for name, way in ways.items()}, 1
+    )
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +163,24 @@ def pairs(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
+def of_its_type(alone: Path, way: str) -> Path:
+    return alone / ("bf16" if way.startswith("bf16") else "float32")
+
+
+def check_alike(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    """But for rounding: a weight of bf16 may be the next one above or below, here and there."""
+    for name, weight in one.items():
+        assert two[name].dtype == weight.dtype
+        if weight.dtype == torch.float32:
+            torch.testing.assert_close(two[name], weight, rtol=0, atol=2e-4)
+        else:
+            torch.testing.assert_close(two[name], weight, rtol=2**-7, atol=1e-3)
+            assert ((two[name] - weight).abs() > 2e-4).float().mean() < 0.01
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_do_what_one_does(alone: Path, pairs: Path, way: str) -> None:
-    out = pairs / f"run {way}"
+    out, alone = pairs / f"run {way}", of_its_type(alone, way)
     expected = losses(alone)
     assert [step for step, _ in expected] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert len({loss for _, loss in expected}) == 8
@@ -133,8 +189,7 @@ def test_two_processes_do_what_one_does(alone: Path, pairs: Path, way: str) -> N
     assert norms(out) == pytest.approx(norms(alone), rel=1e-3)
     one, two = (torch.load(folder / "weights.pt") for folder in (alone, out))
     assert one.keys() == two.keys()
-    for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, rtol=0, atol=2e-4)
+    check_alike(one, two)
     served = load_checkpoint(out / "checkpoint").lm.state_dict()
     for name, weight in two.items():
         torch.testing.assert_close(served[name], weight.bfloat16().float(), rtol=0, atol=0)
@@ -161,10 +216,20 @@ def taken_up(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.mark.parametrize("way", TAKEN_UP)
 def test_one_process_goes_on_where_two_were_stopped(alone: Path, taken_up: Path, way: str) -> None:
-    out = taken_up / f"run {way}"
+    out, alone = taken_up / f"run {way}", of_its_type(alone, way)
     expected = [note for note in json.loads((alone / "rank-0.json").read_text()) if note[0] >= STOP]
     found = json.loads((out / "rank-0.json").read_text())
     assert [note[:2] for note in found] == [[step, pytest.approx(loss, rel=1e-4)] for step, loss, _ in expected]
     one, two = (torch.load(folder / "weights.pt") for folder in (alone, out))
-    for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, rtol=0, atol=2e-4)
+    check_alike(one, two)
+
+
+def test_gradients_are_added_up_in_float32(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever the weights are."""
+    changes = {"out": tmp_path / "run", "bf16": True, "grad_accum_steps": 257}
+    config = write_yaml(tmp_path / "bf16.yaml", settings | changes)
+    result = run_program("python", "-c", SUMS, config)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("norm ")]
+    expected = pytest.approx((1 + 256 / 512) / 257, rel=1e-3)
+    assert [(int(stage), float(norm)) for stage, norm in found] == [(stage, expected) for stage in range(4)]

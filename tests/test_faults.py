@@ -1,12 +1,16 @@
 """Trainings that are killed, run out of disk, or diverge: nothing is lost but the steps since the last whole state."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import run_program, write_yaml
+from conftest import ROOT, run_program, write_yaml
 
 from speechllm.checkpoint import load_checkpoint
 
@@ -57,7 +61,7 @@ while killed:
     seen.append({"status": status, "latest": counting().strip(), "states": states})
 (out / "seen.json").write_text(json.dumps(seen))
 """
-# Starts the command, and lets no file grow beyond what the state of step FULL needs less a little.
+# Starts the command, and lets no file of a rank grow beyond what the state of step FULL needs less a little.
 FULL = """
 import resource
 import signal
@@ -65,11 +69,11 @@ import sys
 
 from train import pretrain
 
-train_step, full = pretrain.Trainer.train_step, int(sys.argv.pop())
+train_step, rank, full = pretrain.Trainer.train_step, int(sys.argv.pop()), int(sys.argv.pop())
 
 
 def step_on_a_full_disk(trainer, step, batches):
-    if step == full:
+    if step == full and trainer.rank == rank:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         largest = max(path.stat().st_size for path in trainer.state.folder.rglob("*.pt"))
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, resource.RLIM_INFINITY))
@@ -79,6 +83,63 @@ def step_on_a_full_disk(trainer, step, batches):
 pretrain.Trainer.train_step = step_on_a_full_disk
 pretrain.main()
 """
+# Starts the command; in the second micro batch of step 2 the loss of rank 1 is no number. Prints how weights are.
+POISONED = """
+import sys
+
+import torch
+
+from train import pretrain
+from train.objective import Objective
+
+forward, train_step, micro_batches = Objective.forward, pretrain.Trainer.train_step, []
+
+
+def poisoned(objective, batch):
+    losses = forward(objective, batch)
+    micro_batches.append(batch.draws)
+    if len(micro_batches) == 6 and torch.distributed.get_rank() == 1:
+        losses["loss"] = losses["loss"] * torch.nan
+    return losses
+
+
+def step_and_look(trainer, step, batches):
+    try:
+        train_step(trainer, step, batches)
+    finally:
+        finite = all(bool(weight.isfinite().all()) for weight in trainer.lm.parameters())
+        print("step", step, finite, "|", trainer.mixture.named(batches[1].draws))
+
+
+Objective.forward, pretrain.Trainer.train_step = poisoned, step_and_look
+pretrain.main()
+"""
+
+
+def run_ranks(script: str, *arguments: object) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of two processes, none of which is ended when the other one is."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    shared["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, *map(str, arguments)],
+            cwd=ROOT,
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        ends = [process.communicate(timeout=600) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *end) for process, end in zip(processes, ends, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +187,7 @@ def test_a_full_disk_keeps_the_last_state(
 ) -> None:
     out = tmp_path / "run"
     config = write_yaml(tmp_path / "r.yaml", settings | {"out": out})
-    result = run_program("python", "-c", FULL, "--config", config, 4)
+    result = run_program("python", "-c", FULL, "--config", config, 4, 0)
     assert result.returncode == 2, result.stderr
     error = result.stderr.strip().splitlines()[-1]
     assert error.startswith(f"error: {out}: step 5 cannot be saved (")
@@ -137,6 +198,36 @@ def test_a_full_disk_keeps_the_last_state(
     resumed = run_program("python", "train/pretrain.py", "--config", config, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert same(out, undisturbed)
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_one_rank_that_cannot_write_stops_all(settings: dict[str, Any], tmp_path: Path, full: int) -> None:
+    """None waits for another until it gives up; all say why."""
+    out = tmp_path / "run"
+    config = write_yaml(tmp_path / "r.yaml", settings | {"out": out, "loader_workers": 0})
+    ends = run_ranks(FULL, "--config", config, 2, full)
+    errors = {errors.strip().splitlines()[-1] for _, _, errors in ends}
+    assert [code for code, _, _ in ends] == [2, 2], ends
+    (error,) = errors
+    assert error.startswith(f"error: {out}: step 3 cannot be saved (")
+    assert error.endswith("the state of step-2 is kept: make room, then go on with --resume")
+    assert not any("Traceback" in errors for _, _, errors in ends)
+    assert (out / "state" / "latest").read_text() == "step-2\n"
+
+
+def test_a_loss_that_is_no_number_stops_all_before_it_is_learnt(settings: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    changes = {"out": out, "loader_workers": 0, "grad_accum_steps": 2, "zero_stage": 0, "save_every": 2}
+    ends = run_ranks(POISONED, "--config", write_yaml(tmp_path / "r.yaml", settings | changes))
+    assert [code for code, _, _ in ends] == [2, 2], ends
+    errors = [errors.strip().splitlines()[-1] for _, _, errors in ends]
+    seen = [[line for line in output.splitlines() if line.startswith("step ")] for _, output, _ in ends]
+    for steps in seen:
+        assert [line.split(" |")[0] for line in steps[-3:]] == [f"step {step} True" for step in range(3)]
+    named = seen[1][-1].split("| ")[1]
+    assert errors[0].startswith("error: step 2: the loss of another rank is not finite")
+    assert errors[1].startswith(f"error: step 2: the loss of {named} is not finite")
+    assert all(error.endswith("go on from step-2 with --resume") for error in errors)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
@@ -160,7 +251,7 @@ def test_a_half_written_state_is_never_taken_for_whole(
     """A newer one that is not named, as a kill leaves it, is not looked at; a damaged one that is named is refused."""
     out = tmp_path / "run"
     config = write_yaml(tmp_path / "r.yaml", settings | {"out": out})
-    first = run_program("python", "-c", FULL, "--config", config, 4)
+    first = run_program("python", "-c", FULL, "--config", config, 4, 0)
     assert first.returncode == 2
     (out / "state" / "step-5" / "mp_rank_00_model_states.pt").parent.mkdir(exist_ok=True)
     (out / "state" / "step-5" / "mp_rank_00_model_states.pt").write_bytes(b"half")

@@ -20,7 +20,7 @@ from speechllm.checkpoint import load_checkpoint
 from speechllm.errors import InputError
 from speechllm.model import load_model
 from speechllm.text import HuggingFaceTokenizer
-from train import pretrain
+from train import trainer
 from train.init_from import open_lm, unfit
 
 ROWS = 352  # of the tables; the tokenizer has fewer ids
@@ -33,7 +33,7 @@ SIZES: dict[str, Any] = {
 
 def qwen3_moe() -> PreTrainedModel:
     sizes = SIZES | {"head_dim": 8, "intermediate_size": 32, "moe_intermediate_size": 16, "tie_word_embeddings": True}
-    config = transformers.Qwen3MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2)
+    config = transformers.Qwen3MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2, attention_dropout=0.2)
     return transformers.Qwen3MoeForCausalLM(config)
 
 
@@ -161,7 +161,7 @@ def test_rows_of_text_are_those_of_the_model_and_new_ones_lie_among_them(
         models.append(lm)
         raise InputError("seen")
 
-    monkeypatch.setattr(pretrain, "start_engine", caught)
+    monkeypatch.setattr(trainer, "start_engine", caught)
     config = write_yaml(tmp_path / "pretrain.yaml", settings | {"out": tmp_path / "run", "init_from": base})
     assert run_here(monkeypatch, capsys, "--config", config) == "error: seen"
     before, after = load_model(base), models[0]

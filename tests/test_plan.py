@@ -98,13 +98,13 @@ def test_parameters_of_an_lm_that_is_extended(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"zero_stage": 0}, (2 * 9000, 2 * 9000, 16 * 9000)),
-        ({"zero_stage": 1}, (2 * 9000, 2 * 9000, 16 * 1125)),  # 9000 / 8
-        ({"zero_stage": 2}, (2 * 9000, 2 * 1125, 16 * 1125)),
-        ({"zero_stage": 3}, (2 * 1125, 2 * 1125, 16 * 1125)),
+        ({"zero_stage": 0}, (2 * 9000, 4 * 9000, 12 * 1125)),  # bf16 takes stage 1 at least
+        ({"zero_stage": 1}, (2 * 9000, 4 * 9000, 12 * 1125)),  # 9000 / 8
+        ({"zero_stage": 2}, (2 * 9000, 4 * 1125, 12 * 1125)),
+        ({"zero_stage": 3}, (2 * 1125, 4 * 1125, 16 * 1125)),
         # of the experts 8000 / 4, which two ranks hold
-        ({"zero_stage": 1, "expert_parallel": 4}, (2 * 3000, 2 * 3000, 16 * (125 + 1000))),
-        ({"zero_stage": 2, "expert_parallel": 8}, (2 * 2000, 2 * (125 + 1000), 16 * (125 + 1000))),
+        ({"zero_stage": 1, "expert_parallel": 4}, (2 * 3000, 4 * 3000, 12 * (125 + 1000))),
+        ({"zero_stage": 2, "expert_parallel": 8}, (2 * 2000, 4 * (125 + 1000), 12 * (125 + 1000))),
         ({"bf16": False}, (4 * 9000, 4 * 9000, 8 * 9000)),
         ({"bf16": False, "zero_stage": 2}, (4 * 9000, 4 * 1125, 16 * 1125)),
     ],
@@ -124,23 +124,28 @@ def test_states_of_each_rank(changes: dict[str, Any], expected: tuple[int, ...],
 def test_communication(round_sizes: Sizes) -> None:
     """Buckets of DeepSpeed's defaults: 500 million gradients, and a billion weights that ZeRO 3 may gather."""
     big = replace(round_sizes, dense=10**9, in_experts=8 * 10**9)
-    for stage, bytes_each, small, large in (
-        (0, 2, 9000, 5e8), (1, 2, 5e8, 5e8), (2, 2, 5e8, 5e8), (3, 2, 5e8 + 9000, 15e8),
-    ):  # fmt: skip
-        config = settings(zero_stage=stage)
-        assert memory(config, round_sizes, 8).communication == bytes_each * small
-        assert memory(config, big, 8).communication == bytes_each * large
+    for bf16, stage, small, large in (
+        (False, 0, 4 * 9000, 4 * 5e8),
+        (False, 2, 4 * 5e8, 4 * 5e8),
+        (True, 1, 4 * 5e8, 4 * 5e8),
+        (True, 2, 6 * 5e8, 6 * 5e8),  # gradients in bf16, and in float32 as they are sent
+        (True, 3, 6 * 5e8 + 2 * 9000, 6 * 5e8 + 2 * 1e9),
+    ):
+        config = settings(zero_stage=stage, bf16=bf16)
+        assert memory(config, round_sizes, 8).communication == small
+        assert memory(config, big, 8).communication == large
     spread = settings(zero_stage=3, expert_parallel=8)
-    assert memory(spread, replace(big, dense=10**8, in_experts=8 * 10**8), 8).communication == 2 * (5e8 + 2e8)
+    assert memory(spread, replace(big, dense=10**8, in_experts=8 * 10**8), 8).communication == 6 * 5e8 + 2 * 2e8
 
 
 def test_states_are_those_that_deepspeed_estimates(round_sizes: Sizes) -> None:
     total = 9000
     _, on_gpu = estimate_zero2_model_states_mem_needs(total, num_gpus_per_node=8, cpu_offload=False)
-    assert sum(states(settings(zero_stage=2), round_sizes, 8)) == on_gpu
+    # DeepSpeed's has gradients in bf16 beside those in float32, into which ZeRO 2 adds them up
+    assert sum(states(settings(zero_stage=2), round_sizes, 8)) == on_gpu - 2 * total / 8
     _, on_gpu, _ = estimate_zero3_model_states_mem_needs(total, 0, num_gpus_per_node=8, cpu_offload=False)
-    # DeepSpeed's leaves out the gradients in bf16, which its stage 3 holds all the same (grad_partitions_flat_buffer)
-    assert sum(states(settings(zero_stage=3), round_sizes, 8)) == on_gpu + 2 * total / 8
+    # DeepSpeed's leaves out the sums of gradients that its stage 3 holds (grad_partitions_flat_buffer)
+    assert sum(states(settings(zero_stage=3), round_sizes, 8)) == on_gpu + 4 * total / 8
     _, on_gpu = estimate_zero2_model_states_mem_needs(total, num_gpus_per_node=8, cpu_offload=True)
     assert sum(astuple(memory(settings(zero_stage=2, offload=True), round_sizes, 8))[:3]) == on_gpu
 
@@ -300,7 +305,7 @@ def test_ranks_are_given_or_launched_or_named(
         (
             "large",
             ("--gpu-memory", 40),
-            "48.5 GiB of each of 64 GPUs, and 36.0 of 40 can be used (most of it: weights)",
+            "59.8 GiB of each of 64 GPUs, and 36.0 of 40 can be used (most of it: gradients)",
         ),
         ("small", ("--ranks", 0), "--ranks must be above 0, not 0"),
         ("small", ("--gpu-memory", "nan"), "--gpu-memory must be above 0, not nan"),

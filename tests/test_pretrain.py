@@ -49,14 +49,21 @@ import json
 
 from speechllm.codec.base import hash_tensors
 from train import pretrain
+from train.loader import Meter
 
-run, train_step = pretrain.Trainer.run, pretrain.Trainer.train_step
-batches = []
+run, train_step, add = pretrain.Trainer.run, pretrain.Trainer.train_step, Meter.add
+batches, losses, tasks = [], [], []
 
 
 def noted_step(trainer, step, drawn):
     batches.extend(batch.lm.input_ids.tolist() for batch in drawn)
+    tasks.extend(task for batch in drawn for task in batch.tasks)
     return train_step(trainer, step, drawn)
+
+
+def noted_add(meter, step, batch, found):
+    losses.append(found)
+    return add(meter, step, batch, found)
 
 
 def run_and_note(trainer):
@@ -67,12 +74,14 @@ def run_and_note(trainer):
         "world": trainer.world,
         "weights": hash_tensors(trainer.lm.state_dict()),
         "batches": batches,
+        "losses": losses,
+        "tasks": tasks,
     }
     (trainer.config.out / f"rank-{trainer.rank}.json").write_text(json.dumps(note))
     return finished
 
 
-pretrain.Trainer.run, pretrain.Trainer.train_step = run_and_note, noted_step
+pretrain.Trainer.run, pretrain.Trainer.train_step, Meter.add = run_and_note, noted_step, noted_add
 pretrain.main()
 """
 
@@ -159,6 +168,16 @@ def test_two_processes_end_with_the_same_weights(pretrain_settings: dict[str, An
     assert len(first["batches"]) == 4
     assert all(batch not in second["batches"] for batch in first["batches"])
     assert [r["step"] for r in records(out)] == [2, 4, 4]
+    for record, steps in zip(records(out), ((0, 1), (2, 3)), strict=False):  # of both ranks
+        told = [rank["losses"][step] for rank in (first, second) for step in steps]
+        for name in ("loss", "answer", "ctc", "answer_transcribe", "answer_translate_de"):
+            values = [losses[name] for losses in told if name in losses]
+            assert record.get(name, 0) == pytest.approx(sum(values) / max(1, len(values)), abs=2e-6)
+        assert len({losses["loss"] for losses in told}) == 4
+    drawn = first["tasks"] + second["tasks"]
+    for task, share in json.loads((out / "shares.json").read_text()).items():
+        assert share["realised"] == pytest.approx(drawn.count(task) / len(drawn))
+    assert first["tasks"] != second["tasks"]
     checkpoint = load_checkpoint(out / "checkpoint")
     assert checkpoint.lm.config.num_local_experts == 4
     # each id that is no padding, of both, was given to two experts in each layer

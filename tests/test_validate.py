@@ -1,18 +1,23 @@
-"""Which clips a model is validated on."""
+"""Which clips a model is validated on, and what they cost."""
 
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 
 from speechllm.data.encoded import write_facts
 from speechllm.data.mixture import Mixture
+from speechllm.model import ModelConfig, make_model
+from speechllm.prompt import IGNORE_INDEX, collate, render
 from speechllm.tasks import TASKS, Facts
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 from train.encode import FEATURES
-from train.validate import dev_set
+from train.validate import Validation, dev_set
 
 TEXT = TextTokenizer.load(Path(__file__).parents[1] / "tokenizers" / "text.model")
 
@@ -59,3 +64,26 @@ def test_clips_of_all_lengths_are_spread_over_the_ranks(mixture: Mixture, most: 
 def test_labels_take_more_clips(mixture: Mixture) -> None:
     assert len(dev_set("dev", mixture, "transcribe", 10, 0, 1).examples) == 10
     assert len(dev_set("dev", mixture, "language", 10, 0, 1).examples) == 40
+
+
+@torch.inference_mode()
+def test_losses_are_those_of_hugging_face_and_only_of_what_is_scored(mixture: Mixture) -> None:
+    torch.manual_seed(0)
+    words = mixture.vocabulary
+    sizes = ModelConfig(hidden_size=32, num_layers=1, expert_size=32, num_experts=2, max_positions=256)
+    lm = make_model(sizes, words.size, words.pad, words.end).eval()
+    examples = dev_set("dev", mixture, "transcribe", 5, 0, 1).examples
+    expected, ids = 0.0, 0
+    for example in examples[:3]:
+        alone = collate([[render(example, words, TEXT)]], words.pad)
+        scored = int((alone.labels != IGNORE_INDEX).sum())
+        expected += lm(input_ids=alone.input_ids, labels=alone.labels).loss.item() * scored
+        ids += scored
+    paid: list[int] = []
+    lm.lm_head.register_forward_hook(lambda _, __, logits: paid.append(logits[..., 0].numel()))
+    validation: Any = SimpleNamespace(vocabulary=words, text=TEXT)
+    found, count = Validation.summed_loss(validation, lm, examples, 3)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    assert paid == [ids] == [count.item()]
+    nothing, none = Validation.summed_loss(validation, lm, examples, 0)
+    assert (nothing.item(), none.item()) == (0, 0)

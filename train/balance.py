@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from speechllm.errors import InputError
 from train.config import Settings
@@ -104,12 +104,15 @@ class Balance(nn.Module):
         """
         return losses.mean, torch.ones_like(losses.sums)
 
-    def observe(self, told: Tensor) -> dict[str, float]:
-        """To be called after each micro batch, on all ranks; returns what is to be logged of this rank's.
+    def logged(self, told: Tensor) -> dict[str, float]:
+        """What is to be logged of a micro batch.
 
         told: [3, tasks]: sums and counts of :class:`TaskLosses`, and the weights.
         """
         return {f"answer_{task}": total / ids for task, total, ids, _ in self._present(told)}
+
+    def observe(self, everywhere: Tensor) -> None:
+        """After each step: sums and counts of :class:`TaskLosses`, of all batches of all ranks, float64 [2, tasks]."""
 
     def _present(self, told: Tensor) -> list[tuple[str, float, float, float]]:
         """Task, sum, count and weight of each task in the batch."""
@@ -120,9 +123,13 @@ class Balance(nn.Module):
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where the run that gave ``state`` was. Raises InputError for the state of another method."""
-        if state.keys() != self.state().keys():
+        """Go on where the run that gave ``state`` was. Raises InputError for the state of another method or tasks."""
+        own = self.state()
+        if state.keys() != own.keys():
             raise InputError("balance: the saved state is of another method: keep the method, or set another 'out'")
+        if state.get("tasks") != own.get("tasks"):
+            older = ", ".join(state["tasks"])
+            raise InputError(f"tasks: the saved balance is of {older}, in this order: keep them, or set another 'out'")
 
 
 class Weighted(Balance, ABC):
@@ -136,8 +143,8 @@ class Weighted(Balance, ABC):
     def weights(self, losses: TaskLosses, trained: Sequence[nn.Parameter]) -> Tensor:
         """Float [tasks]; those of tasks that are not in the batch do not matter."""
 
-    def observe(self, told: Tensor) -> dict[str, float]:
-        return super().observe(told) | {f"weight_{task}": weight for task, *_, weight in self._present(told)}
+    def logged(self, told: Tensor) -> dict[str, float]:
+        return super().logged(told) | {f"weight_{task}": weight for task, *_, weight in self._present(told)}
 
 
 class Fixed(Weighted):
@@ -169,12 +176,15 @@ class Uncertainty(Weighted):
     def weights(self, losses: TaskLosses, trained: Sequence[nn.Parameter]) -> Tensor:
         return torch.exp(-self.log_variances.float())
 
+    def state(self) -> dict[str, Any]:
+        return {"tasks": list(self.tasks)}
+
 
 class Dwa(Weighted):
     """Dynamic weight average (Liu et al. 2019, eq. 7): the slower a task's loss falls, the more it weighs.
 
     weight_t = K · exp(r_t / T) / Σ exp(r_i / T), K tasks; r_t is the mean loss per answer id of all ranks in the last
-    ``interval`` micro batches by that in the interval before. r_t = 1 where one of the two is not known: for every task
+    ``interval`` steps by that in the interval before. r_t = 1 where one of the two is not known: for every task
     in the first two intervals, and for one that was not drawn, or cost nothing.
     """
 
@@ -184,16 +194,13 @@ class Dwa(Weighted):
         # not buffers: an engine that computes in bfloat16 would round them
         self._weights = torch.ones(len(self.tasks), dtype=torch.float64)
         self._last, self._running = (torch.zeros(2, len(self.tasks), dtype=torch.float64) for _ in range(2))
-        self._observed = 0  # micro batches in the running interval
+        self._observed = 0  # steps in the running interval
 
     def weights(self, losses: TaskLosses, trained: Sequence[nn.Parameter]) -> Tensor:
         return self._weights.to(losses.sums)
 
-    def observe(self, told: Tensor) -> dict[str, float]:
-        everywhere = told[:2].double()  # sums and counts
-        if distributed.is_initialized():
-            distributed.all_reduce(everywhere)
-        self._running += everywhere.cpu()
+    def observe(self, everywhere: Tensor) -> None:
+        self._running += everywhere
         self._observed += 1
         if self._observed == self.interval:
             (total, count), (total_before, count_before) = self._running, self._last
@@ -201,11 +208,11 @@ class Dwa(Weighted):
             ratio = torch.where(known, (total / count) / (total_before / count_before), 1.0)
             self._weights = len(self.tasks) * torch.softmax(ratio / self.temperature, 0)
             self._last, self._running, self._observed = self._running, torch.zeros_like(self._running), 0
-        return super().observe(told)
 
     def state(self) -> dict[str, Any]:
         tensors = {"weights": self._weights, "last": self._last, "running": self._running}
-        return {name: tensor.tolist() for name, tensor in tensors.items()} | {"observed": self._observed}
+        lists = {name: tensor.tolist() for name, tensor in tensors.items()}
+        return lists | {"tasks": list(self.tasks), "observed": self._observed}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
@@ -278,15 +285,15 @@ def projected(products: Tensor, orders: Sequence[Sequence[int]]) -> Tensor:
     return combinations.sum(0)
 
 
-def make_balance(settings: BalanceSettings, tasks: Sequence[str], seed: int, grad_accum_steps: int = 1) -> Balance:
-    """What the settings ask for. grad_accum_steps: micro batches in a step."""
+def make_balance(settings: BalanceSettings, tasks: Sequence[str], seed: int) -> Balance:
+    """What the settings ask for."""
     match settings:
         case FixedSettings():
             return Fixed(tasks, settings.weights)
         case UncertaintySettings():
             return Uncertainty(tasks)
         case DwaSettings():
-            return Dwa(tasks, settings.temperature, settings.interval * grad_accum_steps)
+            return Dwa(tasks, settings.temperature, settings.interval)
         case PcGradSettings():
             return PcGrad(tasks, seed)
         case PlainSettings():

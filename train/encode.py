@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -63,7 +64,6 @@ def fingerprint(items: list[Item]) -> str:
 
 def encode_shard(number: int, items: list[Item], codec_folder: Path, n_q: int, copies: int, out: Path) -> int:
     """Write one shard, whole or not at all; returns its number of utterances."""
-    torch.set_num_threads(1)
     codec = load_codec(codec_folder)
     rows = [
         encode_row(codec, item, n_q, copy)
@@ -103,12 +103,17 @@ def encode_corpus(manifest: Path, codec_folder: Path, out: Path, n_q: int, copie
     (out / INFO).write_text(json.dumps(info) + "\n", encoding="utf-8")
     todo = {n: shard for n, shard in shards.items() if n not in done}
     work = partial(encode_shard, codec_folder=codec_folder, n_q=n_q, copies=copies, out=out)
-    with progress_bar() as bar, worker_pool(jobs) as pool:
+    with progress_bar() as bar, ExitStack() as stack:
         task = bar.add_task(f"encode {manifest}", total=len(items))
         bar.advance(task, sum(len(shards[n]) for n in done))
-        results = [pool.apply_async(work, (n, shard)) for n, shard in todo.items()]
-        for result in results:
-            bar.advance(task, result.get())
+        if jobs > 1:
+            pool = stack.enter_context(worker_pool(jobs, torch.set_num_threads, (1,)))
+            pending = [pool.apply_async(work, (n, shard)) for n, shard in todo.items()]
+            results = (result.get() for result in pending)
+        else:  # another process would be some seconds of imports
+            results = (work(n, shard) for n, shard in todo.items())
+        for number in results:
+            bar.advance(task, number)
     return sum(map(len, todo.values()))
 
 

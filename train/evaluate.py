@@ -15,6 +15,7 @@ from typing import Annotated
 import matplotlib
 import typer
 
+from speechllm.adapter import find_adapter, read_adapter
 from speechllm.audio import write_audio
 from speechllm.checkpoint import DEFAULT, read_settings
 from speechllm.data.corpus import Item, read_corpus
@@ -82,20 +83,20 @@ def pose(item: Item, task: Task, alike: Sequence[Item]) -> Question | None:
 
 
 def answers(
-    questions: Sequence[Question], task: Task, model: Path, advance: Callable[[int], None]
+    questions: Sequence[Question], task: Task, serving: Sequence[str], advance: Callable[[int], None]
 ) -> list[ParsedAnswer]:
-    """What ``speechllm ask`` answers, in order."""
+    """What ``speechllm ask`` answers, in order. serving: its options for the model."""
     found: dict[int, ParsedAnswer] = {}
     for instruction in dict.fromkeys(question.instruction for question in questions):
         own = [n for n, question in enumerate(questions) if question.instruction == instruction]
-        for n, answer in zip(own, ask([questions[n].item for n in own], instruction, model, advance), strict=True):
+        for n, answer in zip(own, ask([questions[n].item for n in own], instruction, serving, advance), strict=True):
             segments = tuple(Segment(**segment) for segment in answer["segments"])
             text = answer["text"]
             found[n] = ParsedAnswer(text, segments) if task.marks else task.read((text,) if text else ())
     return [found[n] for n in range(len(questions))]
 
 
-def ask(items: Sequence[Item], instruction: str, model: Path, advance: Callable[[int], None]) -> list[dict]:
+def ask(items: Sequence[Item], instruction: str, serving: Sequence[str], advance: Callable[[int], None]) -> list[dict]:
     """The answers of ``speechllm ask``, one JSON object an item, in order."""
     found: list[dict] = []
     for start in range(0, len(items), FILES_A_CALL):
@@ -109,9 +110,7 @@ def ask(items: Sequence[Item], instruction: str, model: Path, advance: Callable[
                     files.append(f"{folder}/{number:04d}.wav")
                     write_audio(files[-1], item.wav(RATE), RATE)
             command = [sys.executable, "-m", "serve.cli", "ask", instruction, *files]
-            done = subprocess.run(
-                [*command, "--model", str(model), "--format", "json"], capture_output=True, text=True, check=False
-            )
+            done = subprocess.run([*command, *serving, "--format", "json"], capture_output=True, text=True, check=False)
         lines = [json.loads(line) for line in done.stdout.splitlines()]
         if failed := [line for line in lines if "error" in line]:
             raise InputError(f"{failed[0]['file']}: {failed[0]['error']}")
@@ -178,8 +177,13 @@ def plot(results: Sequence[Result], path: Path) -> None:
     plt.close(figure)
 
 
-def evaluate(sets: Sequence[Path], tasks: Sequence[str], model: Path, split: Split, limit: int | None) -> list[Result]:
-    """Every task on every set that holds its answers: overall, and by speaker where there are several."""
+def evaluate(
+    sets: Sequence[Path], tasks: Sequence[str], serving: Sequence[str], split: Split, limit: int | None
+) -> list[Result]:
+    """Every task on every set that holds its answers: overall, and by speaker where there are several.
+
+    serving: options of ``speechllm ask`` for the model.
+    """
     results = []
     for path in sets:
         items = read_corpus([path], split)
@@ -191,7 +195,7 @@ def evaluate(sets: Sequence[Path], tasks: Sequence[str], model: Path, split: Spl
                 continue
             with progress_bar() as bar:
                 line = bar.add_task(f"{name} {task.name}", total=len(questions))
-                said = answers(questions, task, model, lambda n: bar.advance(line, n))  # noqa: B023
+                said = answers(questions, task, serving, lambda n: bar.advance(line, n))  # noqa: B023
             results += results_of(name, task, None, questions, said)
             speakers = sorted({question.item.utterance.speaker or "" for question in questions})
             for speaker in speakers if len(speakers) > 1 else ():
@@ -207,6 +211,7 @@ def main(
         list[str] | None, typer.Option(help="repeatable; by default those on audio that the model was trained on")
     ] = None,
     model: Annotated[Path, typer.Option(help="checkpoint folder")] = DEFAULT,
+    adapter: Annotated[str | None, typer.Option(help="of the checkpoint, by its name or folder")] = None,
     split: Annotated[Split, typer.Option(help="which part of the sets")] = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="only the first clips of each set")] = None,
 ) -> None:
@@ -215,8 +220,12 @@ def main(
         for name in task or ():
             if name not in TASKS:
                 raise InputError(f"--task {name}: unknown; known are {', '.join(TASKS)}")
-        listening = [name for name in read_settings(model).tasks if TASKS[name].listens]
-        results = evaluate(sets, task or listening, model, split, limit)
+        serving = ["--model", str(model)]
+        known = read_settings(model).tasks
+        if adapter is not None:
+            serving += ["--adapter", adapter]
+            known = read_adapter(find_adapter(model, adapter)).tasks
+        results = evaluate(sets, task or [name for name in known if TASKS[name].listens], serving, split, limit)
         if not results:
             raise InputError("none of the sets holds an answer to any of the tasks")
     except InputError as error:

@@ -31,19 +31,19 @@ def count_choices(
     Audio is the codes, answer what the loss is on; the rest, control ids too, is instruction. router_logits: of each
     layer with experts, [B · seq, experts].
     """
-    kept = batch.example_ids >= 0  # [B, seq]
-    device = kept.device
-    task = torch.tensor([tasks.index(task) for task in batch.tasks], device=device)[batch.example_ids[kept]]  # [ids]
-    modality = torch.ones_like(batch.example_ids)
-    modality[vocabulary.is_audio(batch.lm.input_ids)] = 0
-    modality[batch.lm.labels != IGNORE_INDEX] = 2
-    group = task * len(MODALITIES) + modality[kept]  # [ids]
-    flat = kept.flatten()
-    chosen = torch.stack([logits[flat].topk(top_k).indices for logits in router_logits])  # [layers, ids, top_k]
+    # positions are weighed, not picked: how many are picked is something that a GPU would have to be waited for
+    device = batch.example_ids.device
+    numbers = torch.tensor([tasks.index(task) for task in batch.tasks], device=device)  # [examples]
+    modality = torch.where(vocabulary.is_audio(batch.lm.input_ids), 0, 1)
+    modality = modality.masked_fill(batch.lm.labels != IGNORE_INDEX, 2)
+    group = numbers[batch.example_ids.clamp_min(0)] * len(MODALITIES) + modality  # [B, seq]
+    chosen = torch.stack([logits.topk(top_k).indices for logits in router_logits])  # [layers, B · seq, top_k]
     shape = (len(router_logits), len(tasks), len(MODALITIES), router_logits[0].shape[-1])
     layer = torch.arange(shape[0], device=device)[:, None, None] * shape[1] * shape[2]
-    places = (layer + group[:, None]) * shape[3] + chosen
-    return torch.bincount(places.flatten(), minlength=math.prod(shape)).view(shape)
+    places = (layer + group.flatten()[:, None]) * shape[3] + chosen
+    kept = (batch.example_ids >= 0).long().flatten()[:, None].expand_as(places)
+    counts = torch.zeros(math.prod(shape), dtype=torch.int64, device=device)
+    return counts.scatter_add_(0, places.flatten(), kept.flatten()).view(shape)
 
 
 class ExpertLoad:
@@ -66,14 +66,15 @@ class ExpertLoad:
         self._counts += counts
 
     def read(self) -> dict[str, float]:
-        """Since the last reading, all layers together: ``busiest_expert`` and ``idlest_expert`` (shares of the
-        choices); and ``unused_experts``, those of all layers that got less than a tenth of an even share of theirs.
+        """Since the last reading: ``busiest_expert`` and ``idlest_expert``, the largest and the smallest share that an
+        expert got of the choices of its layer; and ``unused_experts``, those of all layers that got less than a tenth
+        of an even share of theirs.
         """
         if self._counts is None:
             return {}
         load = summed(self._counts - self._at_reading).sum((1, 2)).double()  # [layers, experts]
         self._at_reading = self._counts.clone()
-        shares = load.sum(0) / load.sum()
+        shares = load / load.sum(1, keepdim=True)
         return {
             "busiest_expert": shares.max().item(),
             "idlest_expert": shares.min().item(),

@@ -24,6 +24,7 @@ from speechllm.model import experts, make_model, parameter_counts
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 from train.balance import make_balance
+from train.engine import on_machine
 from train.objective import Objective
 from train.pretrain_config import Pretraining
 
@@ -146,20 +147,23 @@ def value_bytes(config: Pretraining) -> int:
 def states(config: Pretraining, sizes: Sizes, ranks: int) -> tuple[float, float, float]:
     """Bytes of weights, gradients and optimizer that a rank holds, on its GPU or on the host.
 
-    Rajbhandari et al. 2020 (ZeRO, section 3.1): 2 bytes a parameter for weights in bf16, 2 for gradients, 12 for Adam
-    (weights, mean and variance in float32); DeepSpeed adds 4 for gradients in float32 when it steps. Stages 1, 2 and 3
-    divide optimizer, gradients and weights by the ranks that hold the same parameters: by all of them, of the experts
-    by one in ``expert_parallel``.
+    Rajbhandari et al. 2020 (ZeRO, section 3.1): 2 bytes a parameter for weights in bf16, 12 for Adam (weights, mean and
+    variance in float32). Gradients are added up in float32, 4 bytes; DeepSpeed copies them when it steps, but not those
+    of bf16 in stages 1 and 2. Stages 1, 2 and 3 divide optimizer, gradients and weights by the ranks that hold the same
+    parameters: by all of them, of the experts by one in ``expert_parallel``.
     """
+    config = on_machine(config, gpu=True)
     width = value_bytes(config)
-    adam = 8 if config.bf16 is False and not config.zero_stage else 16  # float32 without ZeRO: no second weights
+    adam = 12 if config.bf16 and config.zero_stage < 3 else 16
+    if not config.zero_stage:  # nor has float32 without ZeRO second weights
+        adam = 8
 
     def held(stage: int) -> float:
         """Parameters of a rank when ZeRO divides from ``stage`` on."""
         copies, expert_copies = (ranks, ranks / config.expert_parallel) if config.zero_stage >= stage else (1, 1)
         return sizes.dense / copies + sizes.in_experts / config.expert_parallel / expert_copies
 
-    return width * held(3), width * held(2), adam * held(1)
+    return width * held(3), 4 * held(2), adam * held(1)
 
 
 def activations(lm: PreTrainedConfig, tokens: float, width: int, checkpointing: bool) -> float:
@@ -188,6 +192,7 @@ def _head_size(lm: PreTrainedConfig) -> int:
 
 def memory(config: Pretraining, sizes: Sizes, ranks: int) -> Memory:
     """Memory of each of ``ranks`` GPUs; what ZeRO divides lies on the host with ``offload``."""
+    config = on_machine(config, gpu=True)
     width, zero = value_bytes(config), DeepSpeedZeroConfig()
     here = sizes.dense + sizes.in_experts / config.expert_parallel
     bucket = zero.reduce_bucket_size if config.zero_stage else min(here, zero.reduce_bucket_size)
@@ -196,11 +201,12 @@ def memory(config: Pretraining, sizes: Sizes, ranks: int) -> Memory:
         0.0 if config.offload and config.zero_stage >= stage else size
         for size, stage in zip(states(config, sizes, ranks), (3, 2, 1), strict=True)
     )
+    bucket_bytes = width + 4 if config.bf16 and config.zero_stage > 1 else 4  # what is sent is float32, too
     return Memory(
         weights,
         gradients,
         optimizer,
-        communication=width * (bucket + gathered),
+        communication=bucket_bytes * bucket + width * gathered,
         activations=activations(sizes.lm.config, config.batch_tokens, width, config.activation_checkpointing),
         # log-probabilities, their gradient and that of the logits, in float32, were all positions scored
         logits=12 * sizes.outputs * config.batch_tokens,

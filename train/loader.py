@@ -9,19 +9,19 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from pathlib import Path
 from random import Random
 
 import matplotlib
 import torch
+from torch import distributed
 from torch.utils.data import Dataset
 
 from speechllm.data.mixture import Draw, Mixture, TrainingBatch
 from speechllm.data.schedule import Schedule
-from speechllm.tasks import TASKS
 from train.expert_load import ExpertLoad
 from train.footprint import Speed
+from train.ranks import gather
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -41,52 +41,70 @@ def micro_batches(schedule: Schedule, steps: range, lanes: range) -> Iterator[tu
             yield step, lane, draws
 
 
-@dataclass(frozen=True, eq=False)
-class MeteredBatch(TrainingBatch):
-    """A batch, and for the meter the seconds of audio that its examples hear."""
-
-    audio_seconds: float
-
-
 class BatchMaker(Dataset):
     """Indexed by what :func:`micro_batches` gives; a batch follows from it and the seed, whatever process makes it."""
 
     def __init__(self, mixture: Mixture, row_length: int, seed: int):
         self.mixture, self.row_length, self.seed = mixture, row_length, seed
 
-    def __getitem__(self, plan: tuple[int, int, list[Draw]]) -> MeteredBatch:
+    def __getitem__(self, plan: tuple[int, int, list[Draw]]) -> TrainingBatch:
         step, lane, draws = plan
-        batch = self.mixture.batch(draws, self.row_length, Random(f"{self.seed} lane {lane} step {step}"))
-        heard = sum(self.mixture.facts(draw.row).duration for draw in draws if TASKS[draw.task].listens)
-        return MeteredBatch(**{f.name: getattr(batch, f.name) for f in fields(batch)}, audio_seconds=heard)
+        return self.mixture.batch(draws, self.row_length, Random(f"{self.seed} lane {lane} step {step}"))
+
+
+Amounts = dict[str, float]  # by name
+
+
+def add(to: Amounts, amounts: Mapping[str, float]) -> None:
+    """Each to that of its name."""
+    for name, amount in amounts.items():
+        to[name] = to.get(name, 0) + amount
+
+
+def added(parts: Iterable[Mapping[str, float]]) -> Amounts:
+    """All of them together."""
+    sums: Amounts = {}
+    for part in parts:
+        add(sums, part)
+    return sums
 
 
 class Meter:
     """Means since the last reading, and what share each task had of all examples next to what was asked for.
 
+    Counts what this rank trains on; what is read, saved and drawn is of all ranks, which must all ask for it.
+
     experts: counts that are read with the rest. flops: what ``mfu`` is measured by; None leaves it out.
     """
 
-    def __init__(self, schedule: Schedule, world: int, experts: ExpertLoad, flops: Speed | None):
-        self.schedule, self.world, self.experts, self.flops = schedule, world, experts, flops
-        self.asked: Counter[str] = Counter()
-        self.drawn: Counter[str] = Counter()
+    def __init__(self, schedule: Schedule, experts: ExpertLoad, flops: Speed | None):
+        self.schedule, self.experts, self.flops = schedule, experts, flops
+        self._asked: Amounts = {}  # examples of each task, on all ranks
+        self._drawn: Amounts = {}
+        self._own_asked: Amounts = {}  # those of this rank that are not among them yet
+        self._own_drawn: Amounts = {}
         self._reset()
 
     def _reset(self) -> None:
-        self._sums: Counter[str] = Counter()
-        self._seen: Counter[str] = Counter()  # the losses of a task are there only where the task is
-        self._ids = self._positions = 0
-        self._audio = self._least = self._waited = self._making = 0.0  # seconds
+        self._sums: Amounts = {}
+        self._seen: Amounts = {}  # the losses of a task are there only where the task is
+        self._amounts: Amounts = dict.fromkeys(("ids", "positions", "audio", "making", "waited", "least"), 0)
         self._mark = time.monotonic()
+
+    def _share(self) -> None:
+        for asked, drawn in gather((self._own_asked, self._own_drawn)):
+            add(self._asked, asked)
+            add(self._drawn, drawn)
+        self._own_asked, self._own_drawn = {}, {}
 
     def state(self) -> dict:
         """What :meth:`restore` needs, ready for JSON."""
-        return {"asked": dict(self.asked), "drawn": dict(self.drawn)}
+        self._share()
+        return {"asked": self._asked, "drawn": self._drawn}
 
     def restore(self, state: Mapping) -> None:
         """Go on counting where the run that gave ``state`` was."""
-        self.asked, self.drawn = Counter(state["asked"]), Counter(state["drawn"])
+        self._asked, self._drawn = dict(state["asked"]), dict(state["drawn"])
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -95,55 +113,58 @@ class Meter:
         yield
         self._mark += time.monotonic() - begun
 
-    def timed(self, batches: Iterable[list[MeteredBatch]]) -> Iterator[list[MeteredBatch]]:
+    def timed(self, batches: Iterable[list[TrainingBatch]]) -> Iterator[list[TrainingBatch]]:
         """The micro batches of each step; the time spent waiting for them is counted."""
         begun = time.monotonic()
         for batch in batches:
-            self._waited += time.monotonic() - begun
+            add(self._amounts, {"waited": time.monotonic() - begun})
             yield batch
             begun = time.monotonic()
 
-    def add(self, step: int, batch: MeteredBatch, losses: dict[str, float]) -> None:
+    def add(self, step: int, batch: TrainingBatch, losses: Mapping[str, float]) -> None:
         """Count a micro batch of this rank."""
-        self._sums.update(losses)
-        self._seen.update(losses.keys())
-        self._ids += int(batch.lm.attention_mask.sum())
-        self._positions += batch.lm.attention_mask.numel()
-        self._audio += batch.audio_seconds
+        add(self._sums, losses)
+        add(self._seen, dict.fromkeys(losses, 1))
+        mask = batch.lm.attention_mask
+        amounts = {"ids": int(mask.sum()), "positions": mask.numel()}
+        add(self._amounts, amounts | {"audio": batch.audio_seconds, "making": batch.seconds})
         if self.flops:
-            self._least += self.flops.least_seconds(torch.bincount(batch.example_ids[batch.example_ids >= 0]))
-        self._making += batch.seconds
-        self.drawn.update(batch.tasks)
-        for task, share in self.schedule.shares(step).items():
-            self.asked[task] += share * len(batch.tasks)  # type: ignore[assignment]
+            lengths = torch.bincount(batch.example_ids[batch.example_ids >= 0])
+            add(self._amounts, {"least": self.flops.least_seconds(lengths)})
+        add(self._own_drawn, Counter(batch.tasks))
+        shares = self.schedule.shares(step)
+        add(self._own_asked, {task: share * len(batch.tasks) for task, share in shares.items()})
 
     def read(self) -> dict[str, float]:
-        """Mean losses; ``tokens_per_second`` of all ranks (padding not counted), ``audio_hours_per_hour`` of all ranks,
-        ``mfu`` (model FLOPs utilization, a fraction), ``loader_tokens_per_second`` of one worker, ``waiting`` (share of
-        the time in which no batch was ready), ``padding`` (share of the positions), and :meth:`ExpertLoad.read`.
-
-        All ranks must call it.
+        """Mean losses; ``tokens_per_second`` (padding not counted) and ``audio_hours_per_hour``, both of all ranks
+        together; ``mfu`` (model FLOPs utilization, a fraction), ``loader_tokens_per_second`` of one worker, ``waiting``
+        (share of the time in which no batch was ready), ``padding`` (share of the positions), and
+        :meth:`ExpertLoad.read`.
         """
-        passed = time.monotonic() - self._mark
-        values = {name: total / self._seen[name] for name, total in self._sums.items()} | {
-            "tokens_per_second": self.world * self._ids / passed,
-            "audio_hours_per_hour": self.world * self._audio / passed,
-            "loader_tokens_per_second": self._ids / self._making,
-            "waiting": self._waited / passed,
-            "padding": 1 - self._ids / self._positions,
+        add(self._amounts, {"passed": time.monotonic() - self._mark})  # seconds, as waited, making, audio and least
+        told = gather((self._sums, self._seen, self._amounts))
+        sums, seen, amounts = (added(parts) for parts in zip(*told, strict=True))
+        values = {name: total / seen[name] for name, total in sums.items()} | {
+            "tokens_per_second": len(told) * amounts["ids"] / amounts["passed"],
+            "audio_hours_per_hour": len(told) * amounts["audio"] / amounts["passed"],
+            "loader_tokens_per_second": amounts["ids"] / amounts["making"],
+            "waiting": amounts["waited"] / amounts["passed"],
+            "padding": 1 - amounts["ids"] / amounts["positions"],
         }
         if self.flops:
-            values["mfu"] = self._least / passed
+            values["mfu"] = amounts["least"] / amounts["passed"]
         self._reset()
         return values | self.experts.read()
 
     def plot(self, out: Path) -> None:
-        """``shares.json`` and ``shares.png``: the share of each task in this rank's examples, asked and realised."""
-        if not self.drawn:  # a finished run was resumed
+        """``shares.json`` and ``shares.png``: the share of each task in the examples, asked and realised."""
+        self._share()
+        if not self._drawn or (distributed.is_initialized() and distributed.get_rank()):  # a finished run was resumed
             return
+        asked, drawn = sum(self._asked.values()), sum(self._drawn.values())
         shares = {
-            task: {"asked": asked / self.asked.total(), "realised": self.drawn[task] / self.drawn.total()}
-            for task, asked in self.asked.items()
+            task: {"asked": amount / asked, "realised": self._drawn.get(task, 0) / drawn}
+            for task, amount in self._asked.items()
         }
         (out / "shares.json").write_text(json.dumps(shares, indent=1) + "\n", encoding="utf-8")
         figure, axis = plt.subplots(figsize=(0.5 * len(shares) + 2, 3.6))

@@ -16,7 +16,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from speechllm.data.mixture import TrainingBatch
 from speechllm.errors import InputError
-from speechllm.model import experts
+from speechllm.model import experts, keep_apart
 from speechllm.prompt import IGNORE_INDEX, next_ids
 from speechllm.tasks import TRAITS
 from speechllm.vocabulary import Vocabulary
@@ -75,13 +75,14 @@ class Objective(nn.Module):
         """
         ids, mask = batch.lm.input_ids, batch.lm.attention_mask
         # no attention mask: padding is on the right, where causal attention cannot see it; positions that begin anew
-        # tell transformers to keep the sequences of a row apart
+        # tell transformers to keep the sequences of a row apart, FlashAttention is told by keep_apart
         output = self.lm.base_model(
             input_ids=ids,
             position_ids=batch.lm.position_ids,
             use_cache=False,
             output_hidden_states=True,
             **({"output_router_logits": True} if self.router else {}),
+            **keep_apart(self.lm, batch.lm.position_ids),
         )
         hidden = output.last_hidden_state[:, :-1]
         answers = self.answers(hidden, batch)
@@ -114,18 +115,13 @@ class Objective(nn.Module):
                 losses["loss"] = losses["loss"] + self.trait_weight * losses["traits"]
         return losses
 
-    def log_probs(self, hidden: Tensor) -> Tensor:
-        """``[positions, ids]`` of ``hidden [positions, hidden]``, which should be those that are scored alone."""
-        logits: Tensor = self.lm.get_output_embeddings()(hidden)
-        return logits.float().log_softmax(-1)
-
     def answers(self, hidden: Tensor, batch: TrainingBatch) -> TaskLosses:
         """Next-id loss on the answers, by task, of ``hidden [B, seq - 1, hidden]``."""
         target = next_ids(batch.lm.labels)
         scored = target != IGNORE_INDEX
         number = torch.tensor([self.balance.tasks.index(task) for task in batch.tasks], device=target.device)
         task = number[next_ids(batch.example_ids)[scored]]  # [ids]
-        return TaskLosses.of(self.log_probs(hidden[scored]), target[scored], task, len(self.balance.tasks))
+        return TaskLosses.of(log_probs(self.lm, hidden[scored]), target[scored], task, len(self.balance.tasks))
 
     def audio(self, hidden: Tensor, batch: TrainingBatch) -> Tensor:
         """Next-id loss per audio id of ``hidden [B, seq - 1, hidden]``; hidden codes are no targets.
@@ -134,7 +130,7 @@ class Objective(nn.Module):
         """
         target = next_ids(batch.lm.input_ids)
         scored = self.vocabulary.is_audio(target) & (target != self.vocabulary.mask)
-        total = F.nll_loss(self.log_probs(hidden[scored]), target[scored], reduction="sum")
+        total = F.nll_loss(log_probs(self.lm, hidden[scored]), target[scored], reduction="sum")
         return total / scored.sum().clamp_min(1)  # a batch may be text alone
 
     def ctc(self, heard: Sequence[Tensor], batch: TrainingBatch) -> Tensor:
@@ -164,10 +160,16 @@ class Objective(nn.Module):
         return total
 
 
+def log_probs(lm: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """``[positions, ids]`` of ``hidden [positions, hidden]``, which should be those that are scored alone."""
+    logits: Tensor = lm.get_output_embeddings()(hidden)
+    return logits.float().log_softmax(-1)
+
+
 def router_z(router_logits: Sequence[Tensor], mask: Tensor) -> Tensor:
     """Router z-loss (Zoph et al. 2022, ST-MoE, eq. 5): mean of logsumexp(logits)² over layers and positions.
 
     router_logits: of each layer, [B · seq, experts]. mask: int64 [B, seq], 0 on padding, which does not count.
     """
-    kept = mask.flatten().bool()
-    return torch.stack([logits[kept].float().logsumexp(-1) for logits in router_logits]).square().mean()
+    squares = torch.stack([logits.float().logsumexp(-1).square() for logits in router_logits])  # [layers, B · seq]
+    return (squares * mask.flatten()).sum() / (mask.sum() * len(router_logits))

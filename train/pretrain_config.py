@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from speechllm.data.schedule import WINDOW
 from speechllm.model import ModelConfig
 from speechllm.tasks import TASKS
 from speechllm.vocabulary import Vocabulary
 from train.balance import BalanceSettings, FixedSettings, PlainSettings
-from train.config import Settings
+from train.training_config import Training, Weights
 
 
-class Pretraining(Settings):
+class Pretraining(Training):
     """The YAML file of ``train/pretrain.py``."""
 
     name: str = "tiny"
-    out: Path
-    seed: int = Field(0, ge=0)
     text_model: Path = Path("tokenizers/text.model")
     codec: Path = Path("tokenizers/codec")
-    corpora: dict[Path, Annotated[float, Field(gt=0)]] = Field(
-        min_length=1, description="folders written by train.encode: weight within each task"
-    )
+    corpora: Weights = Field(min_length=1, description="folders written by train.encode: weight within each task")
     dev_corpora: list[Path]
-    tasks: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(
-        min_length=1, description="task name: weight in the mixture"
-    )
     curriculum: dict[str, int] = Field({}, description="task name: step from which it is trained, if not the first")
-    temperature: float = Field(5.0, ge=1, description="T: a task or corpus of n recordings counts n^(1/T)")
     init_from: str | None = Field(
         None, min_length=1, description="causal LM of transformers, a folder or a name on the hub; brings its tokenizer"
     )
@@ -44,16 +35,7 @@ class Pretraining(Settings):
     max_audio_seconds: float = Field(12.0, gt=0)
     max_answer_tokens: int = Field(96, gt=0)
 
-    steps: int = Field(gt=0)
-    learning_rate: float = Field(2e-3, gt=0)
-    warmup: int = Field(300, ge=1)
-    weight_decay: float = Field(0.05, ge=0)
-    batch_tokens: float = Field(2000, gt=0, description="per process and micro batch")
-    row_length: int = Field(512, ge=1, description="ids of a row into which several sequences are packed")
-    loader_workers: int = Field(1, ge=0, le=64, description="processes that make batches; 0: made while training waits")
     short_first: int = Field(1000, ge=0, description="steps over which utterances of growing length come in")
-    code_noise: float = Field(0.03, ge=0, lt=1, description="share of frames whose codes are replaced by random ones")
-    code_masking: float = Field(0.0, ge=0, lt=1, description="share of frames hidden in spans")
     balance: BalanceSettings = Field(PlainSettings(), description="how the losses of the tasks are weighed")
     audio_weight: float = Field(0.0, ge=0, description="of the loss on the audio ids")
     ctc_weight: float = Field(
@@ -63,31 +45,7 @@ class Pretraining(Settings):
     ctc_layer: int = Field(
         3, ge=1, description="layer whose states the heads of CTC and traits read; at most num_layers"
     )
-    aux_weight: float = Field(0.01, ge=0, description="of the experts' load-balancing loss")
     router_z_weight: float = Field(0.0, ge=0, description="of the loss that keeps the router's logits small")
-
-    grad_accum_steps: int = Field(1, ge=1, description="micro batches of a process in each step")
-    zero_stage: int = Field(
-        0, ge=0, le=3, description="ZeRO: what ranks share; 1 optimizer, 2 gradients, 3 weights too"
-    )
-    offload: bool = Field(False, description="keep what ZeRO shares in the memory of the host, not of the GPUs")
-    expert_parallel: int = Field(1, ge=1, description="ranks that the experts of a layer are spread over")
-    bf16: bool | None = Field(None, description="train in bfloat16; on GPUs alone unless given")
-    activation_checkpointing: bool = Field(False, description="compute activations twice rather than keep them")
-    log_every: int = Field(20, ge=1)
-    evaluate_every: int = Field(500, ge=1)
-    save_every: int = Field(500, ge=1)
-    decode_examples: int = Field(40, ge=1, description="clips scored for each task and dev corpus")
-
-    @field_validator("tasks")
-    @classmethod
-    def _known_tasks(cls, tasks: dict[str, float]) -> dict[str, float]:
-        for name, share in tasks.items():
-            if name not in TASKS:
-                raise ValueError(f"unknown task {name!r}: known are {', '.join(TASKS)}")
-            if share <= 0:
-                raise ValueError(f"the share of {name} must be above 0; leave the task out instead")
-        return tasks
 
     @model_validator(mode="after")
     def _curriculum_fits(self) -> Pretraining:
@@ -123,16 +81,6 @@ class Pretraining(Settings):
         # an LM that is started from has layers of its own, which are known once it is opened
         if self.ctc_weight and self.ctc_layer > self.model.num_layers and not self.init_from:
             raise ValueError(f"ctc_layer = {self.ctc_layer} exceeds model.num_layers = {self.model.num_layers}")
-        return self
-
-    @model_validator(mode="after")
-    def _parallelism_fits(self) -> Pretraining:
-        if self.offload and not self.zero_stage:
-            raise ValueError("offload: there is nothing that ZeRO shares with zero_stage = 0: set it to 1, 2 or 3")
-        if self.expert_parallel > 1 and not self.zero_stage:
-            raise ValueError(
-                "expert_parallel: DeepSpeed clips by another norm on each rank with zero_stage = 0: set it to 1"
-            )
         return self
 
     @property

@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+import textwrap
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +18,7 @@ import deepspeed
 from torch import distributed
 
 from speechllm.errors import InputError
+from train.ranks import nothing, write_together
 
 
 @dataclass(frozen=True)
@@ -79,18 +82,27 @@ class RunState:
         return spread or (self.tag is not None and self.saved_as().spread)
 
     def save(self, engine: deepspeed.DeepSpeedEngine, step: int, client: dict[str, Any]) -> None:
-        """Write the state after ``step``; all ranks must call it. When it fails, the one before still counts."""
-        rank, tag, layout = distributed.get_rank(), f"step-{step}", replace(self.layout, spread=self.spread)
+        """Write the state after ``step``; all ranks must call it. When it fails, the one before still counts.
+
+        Raises:
+            SavingError: on all ranks, when a file cannot be written.
+        """
+        tag, layout = f"step-{step}", replace(self.layout, spread=self.spread)
         new = self.folder / tag
-        if rank == 0 and tag != self.tag:
-            shutil.rmtree(new, ignore_errors=True)  # of a run that was killed while it saved, perhaps with more ranks
-        distributed.barrier()
-        engine.save_checkpoint(str(self.folder), tag=tag, client_state=client, save_latest=False)
-        if rank == 0:
+        first = distributed.get_rank() == 0
+
+        def prepare() -> None:
+            if tag != self.tag:
+                shutil.rmtree(new, ignore_errors=True)  # of a run that was killed as it saved, perhaps with more ranks
+            new.mkdir(parents=True, exist_ok=True)
+
+        def complete() -> None:
             (new / "layout.json").write_text(json.dumps(asdict(layout)) + "\n", encoding="utf-8")
-        distributed.barrier()
-        if rank == 0:
             self._count(tag)
+
+        write_together(prepare if first else nothing)
+        write_together(lambda: save_whole(engine, self.folder, tag, client))
+        write_together(complete if first else nothing)
 
     def _count(self, tag: str) -> None:
         """From now on ``tag`` is what a run goes on from."""
@@ -111,15 +123,20 @@ class RunState:
         assert tag is not None
         if self.universal:
             tag = self._universal(tag)
+        groups = [dict(group) for group in engine.optimizer.param_groups]
         try:
             _, client = engine.load_checkpoint(str(self.folder), tag=tag)
         except (OSError, RuntimeError, LookupError, ValueError, EOFError, AssertionError, UnpicklingError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = textwrap.shorten(str(error) or type(error).__name__, 300)
             raise InputError(
-                f"{self.folder / tag}: cannot be read ({reason}): start anew with another 'out'"
+                f"{self.folder / tag}: cannot be read ({reason}): keep the settings it was saved with, or start anew "
+                "with another 'out'"
             ) from error
         if client is None:
             raise InputError(f"{self.folder / tag}: files are missing: start anew with another 'out'")
+        for group, own in zip(engine.optimizer.param_groups, groups, strict=True):
+            if "name" in own:  # of the ranks that hold a layer's experts: the state has that of those that saved it
+                group["name"] = own["name"]
         return client
 
     def _universal(self, tag: str) -> str:
@@ -135,3 +152,32 @@ class RunState:
                 raise InputError(f"{self.folder / tag}: cannot be made universal ({reason}): resume with {saved}")
         distributed.barrier()
         return made
+
+
+def save_whole(engine: deepspeed.DeepSpeedEngine, folder: Path, tag: str, client: dict[str, Any]) -> None:
+    """DeepSpeed's saving, in which ranks wait for one another even when one of them cannot write.
+
+    Raises:
+        OSError, RuntimeError: that of the first file of this rank that cannot be written, when all ranks are through.
+    """
+    failures: list[Exception] = []
+
+    def attempted(write: Callable[..., None]) -> Callable[..., None]:
+        def attempt(*arguments: Any, **named: Any) -> None:
+            try:
+                write(*arguments, **named)
+            except (OSError, RuntimeError) as error:
+                failures.append(error)
+
+        return attempt
+
+    writers = ((engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script"))
+    for owner, name in writers:
+        setattr(owner, name, attempted(getattr(owner, name)))
+    try:
+        engine.save_checkpoint(str(folder), tag=tag, client_state=client, save_latest=False)
+    finally:
+        for owner, name in writers:
+            delattr(owner, name)  # the method of its class is seen again
+    if failures:
+        raise failures[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from random import Random
 
 import speechllm._torchaudio  # noqa: F401  # before transformers, whose models import torchaudio
@@ -21,8 +22,9 @@ from speechllm.prompt import IGNORE_INDEX, Example, answer_parts, collate, next_
 from speechllm.tasks import TASKS, Parts
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
-from train.engine import everywhere
+from train.objective import log_probs
 from train.pretrain_config import Pretraining
+from train.ranks import everywhere, gather
 from train.scoring import score
 
 CHUNK = 16  # clips in one forward pass
@@ -75,8 +77,8 @@ class Validation:
             if TASKS[dev.task].listens:
                 scores[f"gap_{label}"] = foreign - own
             answers = [example.answer for example in dev.examples[: dev.counted]]
-            shares = self.gather([self.decode(lm, dev)[: dev.counted], answers, dev.durations])
-            said, true, durations = ([value for share in shares for value in share[n]] for n in range(3))
+            shares = gather((self.decode(lm, dev)[: dev.counted], answers, dev.durations))
+            said, true, durations = ([*chain(*parts)] for parts in zip(*shares, strict=True))
             read = TASKS[dev.task].read
             for name, value in score(TASKS[dev.task], [*map(read, true)], [*map(read, said)], durations).items():
                 scores[f"{name}_{label}"] = value
@@ -100,11 +102,13 @@ class Validation:
     def summed_loss(self, lm: PreTrainedModel, examples: list[Example], counted: int) -> tuple[Tensor, Tensor]:
         """Summed loss over the answers' ids of the first ``counted`` examples, and their number."""
         batch = collate([[render(e, self.vocabulary, self.text)] for e in examples], self.vocabulary.pad)
-        logits = lm(input_ids=batch.input_ids.to(lm.device)).logits[:, :-1].float().cpu()
         target = next_ids(batch.labels)
         target[counted:] = IGNORE_INDEX
-        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-        return loss, (target != IGNORE_INDEX).sum().float()
+        target = target.to(lm.device)
+        scored = target != IGNORE_INDEX
+        hidden = lm.base_model(input_ids=batch.input_ids.to(lm.device), use_cache=False).last_hidden_state[:, :-1]
+        loss = F.nll_loss(log_probs(lm, hidden[scored]), target[scored], reduction="sum")
+        return loss, scored.sum().float()
 
     def decode(self, lm: PreTrainedModel, dev: DevSet) -> list[Parts]:
         """The LM's own answers to the examples."""
@@ -124,14 +128,6 @@ class Validation:
             )
             answers += [answer_parts(c.ids, self.vocabulary, self.text) for c in completions]
         return answers
-
-    def gather(self, value: list) -> list[list]:
-        """``value`` of every rank."""
-        if self.world == 1:
-            return [value]
-        values: list = [None] * self.world
-        distributed.all_gather_object(values, value)
-        return values
 
     def corpora(self) -> dict[str, list[str]]:
         """Each task of the mixture, and the dev corpora it is scored on."""

@@ -22,15 +22,17 @@ INFO = "info.json"  # of the codec that made the codes
 _FACTS = TypeAdapter(Facts)
 
 
-def read_encoded(folders: Sequence[str | Path], split: str, codec: Codec | None = None) -> Dataset:
+def read_encoded(
+    folders: Sequence[str | Path], split: str, codec: Codec | None = None, may_be_empty: bool = False
+) -> Dataset:
     """The rows of one split of several encoded corpora.
 
     Columns: ``id``, ``split``, ``source``, ``speaker``; ``facts``, see :func:`row_facts`; and ``codes``, int16,
     flattened ``[n_q * frames]``, with ``n_q``.
 
     Raises:
-        InputError: a folder holds no shards, a file is damaged, no row is of the split, or a corpus was not encoded
-            with ``codec``.
+        InputError: a folder holds no shards, a file is damaged, no row is of the split (unless it ``may_be_empty``),
+            or a corpus was not encoded with ``codec``.
     """
     files: list[str] = []
     for folder in map(Path, folders):
@@ -61,7 +63,7 @@ def read_encoded(folders: Sequence[str | Path], split: str, codec: Codec | None 
             f"{', '.join(map(str, folders))}: a shard is damaged ({reason}): remove it and run train.encode again"
         ) from error
     rows = rows.filter(lambda splits: [s == split for s in splits], input_columns="split", batched=True)
-    if not len(rows):
+    if not len(rows) and not may_be_empty:
         raise InputError(f"no {split} row in {', '.join(map(str, folders))}")
     return rows
 

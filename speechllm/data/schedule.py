@@ -65,6 +65,14 @@ class Schedule:
         weights = np.array([self.weights[name] for name in names])
         return dict(zip(names, share(sizes, weights, self.temperature).tolist(), strict=True))
 
+    def chances(self, step: int) -> dict[tuple[str, str], float]:
+        """Task and corpus -> their probability at ``step``."""
+        return {
+            (task, corpus): asked * part
+            for task, asked in self.shares(step).items()
+            for corpus, part in self._corpora(task).items()
+        }
+
     def steps(self, steps: range, lanes: range) -> Iterator[list[list[Draw]]]:
         """For each step in turn the draws of some lanes."""
         if steps.start // WINDOW < self._window:  # planned already: once more
@@ -94,17 +102,13 @@ class Schedule:
         """Draw for a window, sort by length, cut into batches of like size, shuffle the steps."""
         rng = np.random.default_rng([self.seed, window])
         step, batches = window * WINDOW, WINDOW * self.lanes
-        pools = [
-            (task, corpus, asked * part)
-            for task, asked in self.shares(step).items()
-            for corpus, part in self._corpora(task).items()
-        ]
-        chances = np.array([chance for *_, chance in pools])
-        lengths_of = [self.pools[task][corpus].lengths[: self._size(task, corpus, step)] for task, corpus, _ in pools]
+        planned = self.chances(step)
+        pools, chances = [*planned], np.array([*planned.values()])
+        lengths_of = [self.pools[task][corpus].lengths[: self._size(task, corpus, step)] for task, corpus in pools]
         mean = float(chances @ [lengths.mean() for lengths in lengths_of])
         drawn = rng.choice(len(pools), max(batches, round(batches * self.batch_tokens / mean)), p=chances)  # [draws]
         rows, lengths = np.empty_like(drawn), np.empty(len(drawn))
-        for number, (task, corpus, _) in enumerate(pools):
+        for number, (task, corpus) in enumerate(pools):
             here = drawn == number
             places = self._next(task, corpus, int(here.sum()), step, rng)
             rows[here] = self.pools[task][corpus].rows[places]

@@ -1,0 +1,162 @@
+"""Go on from a checkpoint with recordings of one's own: ``deepspeed train/finetune.py --config my.yaml``.
+
+Or plainly with ``python``. All weights are trained, or those of a LoRA adapter beside them; older examples among the
+new ones keep the model from forgetting. ``train/configs/finetune.yaml`` explains the settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import speechllm._torchaudio  # noqa: F401  # before transformers, whose models import torchaudio
+
+# isort: split
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from speechllm.adapter import AdapterSettings, lm_fingerprint, save_adapter
+from speechllm.checkpoint import LM, load_checkpoint, read_settings
+from speechllm.data.replay import ReplaySchedule
+from speechllm.data.schedule import Schedule
+from speechllm.errors import InputError
+from train.config import read_config
+from train.engine import whole_state
+from train.finetune_config import Finetuning, Lora
+from train.launch import command, single_process_environment, train
+from train.log import MetricLog
+from train.own_data import OwnData
+from train.ranks import nothing, write_together
+from train.setup import Start
+from train.trainer import Trainer
+from train.training_config import Tasks, Weights
+
+
+class FineTrainer(Trainer):
+    """A training that begins with a checkpoint."""
+
+    def __init__(self, config: Finetuning, resume: bool):
+        self.checkpoint = read_settings(config.model)
+        config.check(self.checkpoint)
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.own = OwnData(config, self.checkpoint, rank, world).ready()
+        super().__init__(self.own.pretraining(self.checkpoint), resume)
+
+    def start(self) -> Start:
+        """The checkpoint's parts, its LM with the adapter that is to be trained."""
+        checkpoint = load_checkpoint(self.own.model)
+        torch.manual_seed(self.own.seed)
+        lm = checkpoint.lm.train()
+        if self.own.lora:
+            add_lora(lm, self.own.lora)
+        return Start(lm, checkpoint.codec, checkpoint.text, checkpoint.vocabulary)
+
+    def make_schedule(self) -> Schedule:
+        """One's own examples, and those of the replay among them."""
+        own, replay = self.part("tasks", self.own.tasks, self.own.corpora), self.own.replay
+        if not replay:
+            return own
+        older = self.part("replay.tasks", self.own.replayed_tasks(self.checkpoint), replay.corpora)
+        return ReplaySchedule(own, older, replay.share)
+
+    def part(self, setting: str, tasks: Tasks, corpora: Weights) -> Schedule:
+        """Examples of ``tasks`` from ``corpora``. Raises InputError for a task that they have no answer for."""
+        weights = {str(folder): weight for folder, weight in corpora.items()}
+        pools = {
+            task: {name: pool for name, pool in self.mixture.pools.get(task, {}).items() if name in weights}
+            for task in tasks
+        }
+        if missing := [task for task, found in pools.items() if not found]:
+            raise InputError(
+                f"{setting}: no utterance of {', '.join(weights)} has an answer for {', '.join(missing)}: name the "
+                "tasks that have one"
+            )
+        config = self.own
+        lanes = self.world * config.grad_accum_steps
+        return Schedule(pools, tasks, config.batch_tokens, config.seed, lanes, config.temperature, weights)
+
+    def known_tasks(self) -> Sequence[str]:
+        """Those of the checkpoint, and new ones."""
+        return list(dict.fromkeys([*self.checkpoint.tasks, *self.own.tasks]))
+
+    def save_checkpoint(self) -> None:
+        """A whole checkpoint, or the adapter alone; all ranks must call it."""
+        weights = whole_state(self.lm, trained_only=self.own.lora is not None)
+        write_together((lambda: self.write_checkpoint(weights)) if self.rank == 0 else nothing)
+
+    def write_checkpoint(self, weights: dict[str, Tensor]) -> None:
+        """On rank 0, with the weights that were trained in one piece."""
+        if self.own.lora:
+            save_adapter(self.own.out / "adapter", self.lm, weights, self.adapter())
+        else:
+            super().write_checkpoint(weights)
+
+    def adapter(self) -> AdapterSettings:
+        """What is told about the adapter."""
+        return AdapterSettings(
+            name=self.own.name,
+            checkpoint=self.checkpoint.name,
+            fingerprint=self.checkpoint.fingerprint,
+            lm_fingerprint=lm_fingerprint(self.own.model / LM),
+            tasks=tuple(self.own.tasks),
+        )
+
+    def run(self) -> bool:
+        """Train to the end, from scores of the checkpoint as it is; False when stopped early."""
+        if not self.step:
+            with self.meter.paused():
+                scores = self.validation.run(self.lm)
+            if self.rank == 0:
+                log = MetricLog(self.config.out)
+                log.write(0, **scores)
+                log.close()
+                print("step 0: " + "  ".join(f"{name} {value:.2f}" for name, value in scores.items()))
+        return super().run()
+
+
+def add_lora(lm: PreTrainedModel, lora: Lora) -> None:
+    """Freeze ``lm`` and put an adapter into it, which changes nothing yet: B is 0.
+
+    Raises:
+        InputError: there is no layer or parameter of such a name, or none that PEFT can adapt.
+    """
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        target_parameters=lora.target_parameters,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what PEFT and transformers will rename
+            get_peft_model(lm, config)
+    except ValueError as error:
+        raise InputError(f"lora: {str(error).partition(chr(10))[0]}") from error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", type=Path, required=True, help="YAML file; see train/configs/finetune.yaml")
+    parser.add_argument("--resume", action="store_true", help="go on from the last saved state")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
+    arguments = parser.parse_args()
+    with command():
+        config = read_config(arguments.config, Finetuning)
+        single_process_environment()
+        try:
+            trainer = FineTrainer(config, arguments.resume)
+        except KeyboardInterrupt:
+            sys.exit("stopped; start it again to go on")
+        train(trainer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""How a training command starts and ends: its processes, its exit code, and what it prints."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torch import distributed
+
+from speechllm.errors import InputError
+
+if TYPE_CHECKING:
+    from train.trainer import Trainer
+
+
+def single_process_environment() -> None:
+    """What the launcher would have set, for a start with plain ``python``."""
+    for name, value in {
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": 1,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 0,  # any free one
+    }.items():
+        os.environ.setdefault(name, str(value))
+
+
+@contextmanager
+def command() -> Iterator[None]:
+    """An InputError within ends the process with one line and exit code 2; no process group is left behind."""
+    try:
+        yield
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def train(trainer: Trainer) -> None:
+    """Say what is trained, and train it; ends the process with exit code 1 when that was stopped early."""
+    if trainer.rank == 0:
+        total, active = trainer.parameters
+        rows = len(trainer.mixture.rows)
+        print(f"{total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active; {rows} utterances")
+    if not trainer.run():
+        sys.exit(f"stopped after step {trainer.step}; go on with --resume")

@@ -1,0 +1,58 @@
+"""What the ranks of a run tell one another beside gradients. All of them must ask, each time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from safetensors import SafetensorError
+from torch import distributed
+
+T = TypeVar("T")
+
+
+class SavingError(Exception):
+    """A file cannot be written, on this rank or on another; the message is one line."""
+
+
+def anywhere(value: bool) -> bool:
+    """Whether it is true on any rank."""
+    flag = torch.tensor(float(value), device=get_accelerator().current_device_name())
+    distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+    return bool(flag)
+
+
+def everywhere(value: bool) -> bool:
+    """Whether it is true on all ranks."""
+    return not anywhere(not value)
+
+
+def gather(value: T) -> list[T]:
+    """``value`` of every rank, in their order."""
+    if not distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def write_together(write: Callable[[], object]) -> None:
+    """Call ``write``, and wait until all ranks have. It may ask the others only before it can fail on one alone.
+
+    Raises:
+        SavingError: on all ranks, when it failed on one.
+    """
+    failure: Exception | None = None
+    try:
+        write()
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save tells of a full disk by a RuntimeError
+        failure = error
+    reasons = gather(None if failure is None else (str(failure) or type(failure).__name__).splitlines()[0])
+    if reason := next((reason for reason in reasons if reason is not None), None):
+        raise SavingError(reason) from failure
+
+
+def nothing() -> None:
+    """What the other ranks do while the first writes."""
