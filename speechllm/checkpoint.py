@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from speechllm.adapter import FOLDER as ADAPTERS
 from speechllm.adapter import find_adapter, merge_adapter
 from speechllm.codec import Codec, copy_codec, load_codec
 from speechllm.errors import InputError, first_problem
@@ -82,7 +83,7 @@ def save_checkpoint(
 ) -> None:
     """Write all parts to ``folder``: the LM's weights as ``dtype``, in files of at most 15 MB; the codec as it is.
 
-    The folder is replaced as a whole when all is written; a model card in it is kept. ``codec`` is whatever
+    The folder is replaced as a whole when all is written; a model card and adapters in it are kept. ``codec`` is what
     :func:`speechllm.codec.load_codec` opens; its weights become part of the checkpoint. ``weights`` are the LM's, where
     it does not hold them all itself (ZeRO 3, expert parallelism).
     """
@@ -111,6 +112,8 @@ def save_checkpoint(
     if folder.exists():
         if (folder / CARD).exists():
             shutil.copy(folder / CARD, new / CARD)
+        if (folder / ADAPTERS).exists():  # refused until they are trained anew, but somebody's own
+            shutil.copytree(folder / ADAPTERS, new / ADAPTERS)
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     new.rename(folder)

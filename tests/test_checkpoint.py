@@ -87,9 +87,11 @@ def test_shards_hold_the_same_and_none_of_an_older_save_stays(
     parts: Checkpoint, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(speechllm.checkpoint, "MAX_SHARD", "50KB")
+    (folder / "adapters" / "mine").mkdir(parents=True)
     save_checkpoint(folder, parts.lm, parts.folder / "codec", TEXT, VOCABULARY, **NAMES)
     shards = sorted(path.name for path in (folder / "lm").glob("*.safetensors"))
     assert len(shards) > 2
+    assert (folder / "adapters" / "mine").is_dir()
     assert "model.safetensors" not in shards
     assert torch.equal(logits_of(load_checkpoint(folder)), logits_of(parts))
     monkeypatch.undo()

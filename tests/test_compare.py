@@ -112,11 +112,22 @@ def test_ready_made_comparisons_are_ones(config: Path, tmp_path: Path, monkeypat
         ({"variants": {"none": {}, "odd": {"ctc_wait": 1}}}, "variants: odd: ctc_wait: Extra inputs"),
         ({"settings": {"tasks": {"sing": 1}}}, "variants: none: tasks: .*unknown task 'sing'"),
         ({"base": "missing.yaml"}, "missing.yaml: cannot be read"),
+        ({"settings": {"dev_corpora": []}}, "base.yaml: no dev_corpora, by which"),
     ],
 )
 def test_what_is_no_comparison(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         plan_runs(compare.read_config(comparison(tmp_path, **changed), Comparison))
+
+
+def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    config = comparison(tmp_path)
+    (run, _) = plan_runs(compare.read_config(config, Comparison))
+    run.config.out.mkdir()
+    assert len(plan_runs(compare.read_config(config, Comparison))) == 2
+    changed = comparison(tmp_path, settings={"learning_rate": 0.5})
+    with pytest.raises(InputError, match="none-1: holds a run with other settings: remove it"):
+        plan_runs(compare.read_config(changed, Comparison))
 
 
 def test_runs_are_trained_once(pretrain_settings: dict[str, Any], tmp_path: Path) -> None:

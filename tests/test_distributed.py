@@ -35,7 +35,7 @@ class Slope(nn.Module):
 
 
 pretrain.single_process_environment()
-for stage in range(4):
+for stage in range(1, 4):
     config = pretrain.read_config(Path(sys.argv[1]), Pretraining).model_copy(update={"zero_stage": stage})
     module = Slope()
     settings = deepspeed_settings(on_machine(config, gpu=False), gpu=False, universal=False)
@@ -232,4 +232,4 @@ def test_gradients_are_added_up_in_float32(settings: dict[str, Any], tmp_path: P
     assert result.returncode == 0, result.stderr[-3000:]
     found = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("norm ")]
     expected = pytest.approx((1 + 256 / 512) / 257, rel=1e-3)
-    assert [(int(stage), float(norm)) for stage, norm in found] == [(stage, expected) for stage in range(4)]
+    assert [(int(stage), float(norm)) for stage, norm in found] == [(stage, expected) for stage in range(1, 4)]

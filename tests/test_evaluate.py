@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from speechllm.audio import write_audio
+from speechllm.data.corpus import Item
 from speechllm.data.manifest import Utterance, write_manifest
 from speechllm.tasks import TASKS
 from train import evaluate
@@ -40,7 +41,7 @@ def manifest(tmp_path: Path) -> Path:
 def test_results_are_hand_computed(manifest: Path) -> None:
     task = TASKS["transcribe"]
     items = evaluate.read_corpus([manifest], "test")
-    questions = [q for item in items if (q := evaluate.pose(item, task, items))]
+    questions = evaluate.pose(items, task)
     said = [task.read((text,) if text else ()) for text in ("a dog", "a hat", "")]
     (result,) = evaluate.results_of("made", task, None, questions, said)
     assert result.value == pytest.approx(100 * 3 / 6)  # one substitution and two deletions in six words
@@ -48,10 +49,20 @@ def test_results_are_hand_computed(manifest: Path) -> None:
     assert result.high is not None
     assert result.low <= result.value <= result.high
     german = TASKS["translate_de"]
-    questions = [q for item in items if (q := evaluate.pose(item, german, items))]
+    questions = evaluate.pose(items, german)
     (exact,) = evaluate.results_of("made", german, None, questions, [german.read(("ein Hund",))] * 3)
     assert exact.metric == "BLEU"
     assert exact.low is None
+
+
+def test_what_may_be_answered_with_no_is_asked_of_clips_that_have_an_answer() -> None:
+    items = [
+        Item(utterance(n, "a dog", "ann").model_copy(update={"labels": labels}), Path())
+        for n, labels in enumerate([{"emotion": "anger"}, {"emotion": "fear"}] * 15 + [{}] * 300)
+    ]
+    questions = evaluate.pose(items, TASKS["is_emotion"])
+    assert len(questions) == 30
+    assert 8 < sum(q.answer == ("no",) for q in questions) < 22
 
 
 def test_whole_command(manifest: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

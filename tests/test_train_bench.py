@@ -28,7 +28,7 @@ from train.pretrain_config import Pretraining
 from train.setup import make_mixture, make_schedule, make_start
 
 SETTINGS: dict[str, Any] = {
-    "name": "small-bench", "out": "unused", "corpora": {"unused": 1}, "dev_corpora": [], "steps": 500,
+    "out": "unused", "corpora": {"unused": 1}, "dev_corpora": [], "steps": 500,
     "tasks": {"transcribe": 0.8, "translate_de": 0.2}, "batch_tokens": 300, "row_length": 1, "ctc_layer": 1,
     "model": {"hidden_size": 32, "num_layers": 2, "expert_size": 32, "num_experts": 4, "max_positions": 1024},
 }  # fmt: skip
@@ -193,10 +193,7 @@ def test_the_command_writes_tables_json_and_a_picture(tmp_path: Path) -> None:
     done = run_program("python", "-m", "train.bench", *arguments)
     assert done.returncode == 0, done.stderr
     result = json.loads((out / "bench.json").read_text())
-    assert [(run["config"], run["weights"]) for run in result["runs"]] == [
-        ("small-bench", "fp32"),
-        ("small-bench", "bf16"),
-    ]
+    assert [(run["config"], run["weights"]) for run in result["runs"]] == [("bench", "fp32"), ("bench", "bf16")]
     for run in result["runs"]:
         assert run["speeds"].keys() == {PLAIN, SAME, ALL}
         assert all(len(of["laps"]) == 1 and min(of["laps"]) > 0 for of in run["speeds"].values())

@@ -66,22 +66,22 @@ def changed(config: Pretraining, values: dict[str, Any]) -> Pretraining:
     return Pretraining.model_validate(config.model_dump(exclude_unset=True) | values)
 
 
-def measure(config: Pretraining, steps: int, repeats: int, bar: Progress) -> dict[str, Any]:
+def measure(name: str, config: Pretraining, steps: int, repeats: int, bar: Progress) -> dict[str, Any]:
     """Speeds of the three, see :func:`summary`, and the parts of a step of ours."""
     weights = "bf16" if config.bf16 else "fp32"
-    task = bar.add_task(f"{config.name}, {weights}", total=3 * repeats + 1)
+    task = bar.add_task(f"{name}, {weights}", total=3 * repeats + 1)
     ours, same = Ours(config), Ours(changed(config, SAME_LOSS))
     runs: dict[str, Run] = {PLAIN: Plain(config, same.trainer.mixture), SAME: same, ALL: ours}
-    laps: dict[str, list] = {name: [] for name in runs}
+    laps: dict[str, list] = {way: [] for way in runs}
     for _ in range(repeats):
-        for name, run in runs.items():
-            laps[name].append(run.lap(steps))
+        for way, run in runs.items():
+            laps[way].append(run.lap(steps))
             bar.advance(task)
     parts = ours.parts(steps)
     bar.advance(task)
     for run in (ours, same):
         run.close()
-    return {"config": config.name, "weights": weights, "speeds": summary(laps), "parts": parts}
+    return {"config": name, "weights": weights, "speeds": summary(laps), "parts": parts}
 
 
 def main(
@@ -98,10 +98,12 @@ def main(
     transformers.logging.set_verbosity_error()
     paths = config or [CONFIGS / "tiny.yaml", CONFIGS / "all-tasks.yaml"]
     with command(), tempfile.TemporaryDirectory() as folder:
-        configs = [prepared(path, Path(folder)) for path in paths]
+        configs = {path.stem: prepared(path, Path(folder)) for path in paths}
         with progress_bar() as bar:
             runs = [
-                measure(changed(one, {"bf16": bf16}), steps, repeats, bar) for one in configs for bf16 in (False, True)
+                measure(name, changed(one, {"bf16": bf16}), steps, repeats, bar)
+                for name, one in configs.items()
+                for bf16 in (False, True)
             ]
         gpu = {}
         if torch.cuda.is_available():

@@ -83,6 +83,8 @@ def plan_runs(comparison: Comparison) -> list[Run]:
         InputError: the base cannot be read, or a variant is no configuration.
     """
     base = read_config(comparison.base, Pretraining).model_dump(mode="json", exclude_unset=True)
+    if not {**base, **comparison.settings}["dev_corpora"]:
+        raise InputError(f"{comparison.base}: no dev_corpora, by which its variants are compared: name some")
     runs = []
     for seed in comparison.seeds:
         for variant, changes in comparison.variants.items():
@@ -95,8 +97,11 @@ def plan_runs(comparison: Comparison) -> list[Run]:
                 setting = ".".join(map(str, first["loc"])) or "its settings"
                 raise InputError(f"variants: {variant}: {setting}: {first['msg']}") from error
             file = comparison.out / f"{variant}-{seed}.yaml"
+            written = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+            if folder.exists() and file.exists() and file.read_text(encoding="utf-8") != written:
+                raise InputError(f"{folder}: holds a run with other settings: remove it, or set another 'out'")
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            file.write_text(written, encoding="utf-8")
             runs.append(Run(variant, seed, config, file))
     return runs
 
@@ -200,7 +205,9 @@ def report(runs: list[Run], out: Path) -> Table:
 
 def main(
     config: Annotated[Path, typer.Option(help="YAML file; see train/configs/compare-balance.yaml")],
-    launcher: Annotated[str, typer.Option(help="What starts a run: 'deepspeed --num_accelerators 2'")] = sys.executable,
+    launcher: Annotated[str, typer.Option(help="What starts a run: 'deepspeed --num_accelerators 2'")] = shlex.quote(
+        sys.executable
+    ),
 ) -> None:
     """Train variants of one configuration and set their validations side by side."""
     with plain_errors(config):

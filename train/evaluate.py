@@ -22,7 +22,7 @@ from speechllm.data.corpus import Item, read_corpus
 from speechllm.data.manifest import Split
 from speechllm.errors import InputError
 from speechllm.metrics import bleu, bootstrap_interval, cer
-from speechllm.tasks import TASKS, ParsedAnswer, Parts, Segment, Task
+from speechllm.tasks import TASKS, Facts, ParsedAnswer, Parts, Segment, Task
 from train.loop import progress_bar
 from train.scoring import by_speech, score
 
@@ -72,14 +72,21 @@ class Question:
     answer: Parts
 
 
-def pose(item: Item, task: Task, alike: Sequence[Item]) -> Question | None:
-    """The first wording of the task, asked about a clip; None when the data do not hold the answer.
+def pose(items: Sequence[Item], task: Task) -> list[Question]:
+    """The first wording of the task, asked about each clip of a test set whose data hold the answer.
 
-    alike: the clips of its test set; what is asked about may be so of one of these and not of the clip.
+    Where the answer may be no, what is asked about is so of another of these clips.
     """
-    rng = Random(item.utterance.id)
-    asked = task.pose(item.utterance.facts(), rng, task.wordings[:1], lambda: rng.choice(alike).utterance.facts())
-    return Question(item, *asked) if asked else None
+    pairs = [(item, item.utterance.facts()) for item in items]
+    able = [(item, facts) for item, facts in pairs if task.pose(facts, Random(0))]
+
+    def question(item: Item, facts: Facts) -> Question:
+        rng = Random(item.utterance.id)
+        asked = task.pose(facts, rng, task.wordings[:1], lambda: rng.choice(able)[1])
+        assert asked is not None
+        return Question(item, *asked)
+
+    return [question(item, facts) for item, facts in able]
 
 
 def answers(
@@ -189,8 +196,7 @@ def evaluate(
         items = read_corpus([path], split)
         name = path.name if path.is_dir() else path.parent.name
         for task in (TASKS[t] for t in tasks):
-            posed = (pose(item, task, items) for item in items)
-            questions = [question for question in posed if question][:limit]
+            questions = pose(items, task)[:limit]
             if not questions:
                 continue
             with progress_bar() as bar:

@@ -56,7 +56,8 @@ class Objective(nn.Module):
         self.ctc_layer, self.ctc_weight, self.aux_weight = ctc_layer, ctc_weight, aux_weight
         self.audio_weight, self.router_z_weight = audio_weight, router_z_weight
         self.trait_weight = trait_weight
-        self.ctc_head = nn.Linear(lm.config.hidden_size, vocabulary.text_size + 1)  # 0 is the blank
+        if ctc_weight:
+            self.ctc_head = nn.Linear(lm.config.hidden_size, vocabulary.text_size + 1)  # 0 is the blank
         self.trait_heads = nn.ModuleList(
             nn.Linear(lm.config.hidden_size, len(trait.labels)) for trait in TRAITS if trait_weight
         )

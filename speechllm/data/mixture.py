@@ -164,6 +164,7 @@ class Mixture:
         """Recordings of more than ``max_seconds`` are left out."""
         self.vocabulary, self.text, self.noise = vocabulary, text, noise
         self.rows = concatenate_datasets(list(corpora.values()))
+        self._facts = self.rows.select_columns("facts")
         told = self.rows.map(
             describe,
             fn_kwargs={"tasks": list(tasks), "vocabulary": vocabulary, "max_seconds": max_seconds},
@@ -197,7 +198,7 @@ class Mixture:
 
     def facts(self, row: int) -> Facts:
         """What is known about the recording of a row."""
-        return row_facts(self.rows[row])
+        return row_facts(self._facts[row])
 
     def example(self, draw: Draw, rng: Random, wordings: tuple[str, ...] | None = None) -> Example:
         """The utterance with an instruction (drawn from ``wordings``, the trained ones unless given) and its answer."""
@@ -227,7 +228,8 @@ class Mixture:
         example_ids = torch.full_like(lm.input_ids, -1)
         lengths = torch.tensor([len(rendered[index].ids) for index in order])
         example_ids[lm.attention_mask.bool()] = torch.arange(len(order)).repeat_interleave(lengths)
-        heard = [self._transcript(draws[index], examples[index]) for index in order]
+        facts = [self.facts(draw.row) for draw in draws]
+        heard = [self._transcript(facts[index], examples[index]) for index in order]
         transcripts = [torch.tensor(self.text.encode(text), dtype=torch.int64) for text in heard]
         return TrainingBatch(
             lm=lm,
@@ -236,20 +238,18 @@ class Mixture:
             audio_lengths=torch.tensor([int(self._listening(rendered[index].ids).sum()) for index in order]),
             transcripts=torch.nn.utils.rnn.pad_sequence(transcripts, batch_first=True),
             transcript_lengths=torch.tensor([len(t) for t in transcripts]),
-            traits=torch.tensor([self._traits(draws[index], examples[index]) for index in order]),
+            traits=torch.tensor([self._traits(facts[index], examples[index]) for index in order]),
             draws=tuple(draws[index] for index in order),
-            audio_seconds=sum(self.facts(draw.row).duration for draw in draws if TASKS[draw.task].listens),
+            audio_seconds=sum(f.duration for f, draw in zip(facts, draws, strict=True) if TASKS[draw.task].listens),
             seconds=perf_counter() - begun,
         )
 
-    def _transcript(self, draw: Draw, example: Example) -> str:
+    def _transcript(self, facts: Facts, example: Example) -> str:
         if not example.codes.numel():
             return ""
-        facts = self.facts(draw.row)
         return facts.text or " ".join(segment.text for segment in facts.segments)
 
-    def _traits(self, draw: Draw, example: Example) -> list[int]:
-        facts = self.facts(draw.row)
+    def _traits(self, facts: Facts, example: Example) -> list[int]:
         labels = [trait.of(facts) if example.codes.numel() else None for trait in TRAITS]
         return [
             trait.labels.index(label) if label in trait.labels else -1

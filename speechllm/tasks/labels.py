@@ -124,7 +124,8 @@ class NumberOfSpeakers(Trait):
 @dataclass(frozen=True)
 class YesNo(Label):
     """Whether something is so of the recording. Half of the questions are about what is so of it and not of another
-    recording of the corpus, half the other way round: whatever is asked about, the question alone tells little.
+    recording of the corpus, half the other way round, so that the question alone tells little. It does tell something
+    where most of a corpus is alike: of what is frequent there the answer is "yes" more often than "no".
     """
 
     labels: tuple[str, ...] = (YES, NO)
