@@ -71,6 +71,7 @@ def save_adapter(folder: Path, lm: PreTrainedModel, weights: Mapping[str, Tensor
     save_file({PREFIX + name: value.contiguous() for name, value in state.items()}, new / WEIGHTS, {"format": "pt"})
     lm.peft_config["default"].save_pretrained(str(new))
     (new / SETTINGS).write_text(settings.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    (new / WEIGHTS).chmod((new / SETTINGS).stat().st_mode)  # safetensors makes files that nobody else may read
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)

@@ -109,6 +109,8 @@ def save_checkpoint(
         tasks=tuple(tasks),
     )
     (new / SETTINGS).write_text(settings.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    for file in (new / LM).iterdir():  # safetensors makes files that nobody else may read
+        file.chmod((new / SETTINGS).stat().st_mode)
     if folder.exists():
         if (folder / CARD).exists():
             shutil.copy(folder / CARD, new / CARD)

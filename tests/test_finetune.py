@@ -13,18 +13,21 @@ import torch
 from conftest import RATE, ROOT, command, run_program, write_yaml
 from safetensors.torch import load_file
 from soundfile import write as write_wav
+from torch import distributed
 from typer.testing import CliRunner
 
 from serve.cli import app
-from speechllm.adapter import read_adapter
+from speechllm.adapter import lm_fingerprint, read_adapter
 from speechllm.checkpoint import load_checkpoint, read_settings
 from speechllm.data.manifest import Utterance, write_manifest
 from speechllm.data.mixture import Pool
 from speechllm.data.replay import ReplaySchedule
 from speechllm.data.schedule import Schedule
-from train import evaluate, finetune
+from speechllm.errors import InputError
+from train import evaluate, finetune, own_data, ranks
 from train.config import read_config
 from train.encode import encode_corpus
+from train.finetune import FineTrainer
 from train.finetune_config import Finetuning
 from train.log import read_metrics
 from train.own_data import OwnData
@@ -218,7 +221,7 @@ def test_full_fine_tuning_writes_a_checkpoint(runs: Path, tiny_checkpoint: Path)
 
 def test_manifests_are_encoded_once(settings: dict[str, Any], data: Path, tmp_path: Path) -> None:
     changes = {"out": tmp_path, "corpora": {data / "mine": 2.0}, "dev_corpora": [data / "mine" / "manifest.jsonl"]}
-    own = OwnData(Finetuning.model_validate(settings | changes), read_settings(settings["model"]), 0, 1)
+    own = OwnData(Finetuning.model_validate(settings | changes), read_settings(settings["model"]), 0)
     config, encoded = own.ready(), tmp_path / "codes" / "mine"
     assert (config.corpora, config.scored()) == ({encoded: 2.0}, [encoded])
     shard = encoded / "00000.parquet"
@@ -229,6 +232,90 @@ def test_manifests_are_encoded_once(settings: dict[str, Any], data: Path, tmp_pa
     manifest = data / "mine" / "manifest.jsonl"
     other = own.config.model_copy(update={"corpora": {manifest.with_name("train.jsonl"): 1.0}})
     assert own.encoded_as(next(iter(other.corpora))) == tmp_path / "codes" / "mine-train"
+
+
+def test_a_full_disk_is_told_in_one_line(
+    settings: dict[str, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "00000.new")
+
+    monkeypatch.setattr(own_data, "encode_corpus", fill)
+    config = Finetuning.model_validate(settings | {"out": tmp_path, "corpora": {data / "mine": 1.0}})
+    with pytest.raises(InputError) as error:
+        OwnData(config, read_settings(config.model), 0).ready()
+    assert str(error.value) == (
+        f"{tmp_path}/codes/mine: {data}/mine/manifest.jsonl cannot be encoded ([Errno 28] No space left on device: "
+        "'00000.new'): make room or set another 'out', start again"
+    )
+
+
+def test_ranks_wait_for_the_first_longer_than_for_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, new_group = [], distributed.new_group
+
+    def noted_group(**options: Any) -> Any:
+        waits.append(options["timeout"])
+        return new_group(**options)
+
+    def fail() -> None:
+        raise InputError("no room")
+
+    monkeypatch.setattr(distributed, "new_group", noted_group)
+    assert ranks.by_first(lambda: 3) == 3
+    assert not waits, "there is nobody who waits"
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert ranks.by_first(lambda: "codes") == "codes"
+        with pytest.raises(InputError, match="no room"):
+            ranks.by_first(fail)
+    finally:
+        distributed.destroy_process_group()
+    assert waits == [ranks.PATIENCE] * 2
+    assert ranks.PATIENCE.days >= 1
+
+
+@pytest.mark.parametrize(
+    ("own", "replayed", "message"),
+    [
+        (["mine", "mine/manifest.jsonl"], [], "mine/manifest.jsonl in corpora is the same corpus as mine in corpora: "),
+        (
+            ["mine", "TMP/mine"],
+            [],
+            "TMP/mine: TMP/run/codes/mine is for DATA/mine/manifest.jsonl: encode one of the two",
+        ),
+        (["own"], ["mine/../own"], "mine/../own in replay.corpora is the same corpus as own in corpora: leave one of"),
+        (
+            ["TMP/linked"],
+            ["own"],
+            "own in replay.corpora is the same corpus as TMP/linked in corpora: leave one of",
+        ),
+    ],
+)
+def test_a_corpus_may_be_named_once(
+    own: list[str], replayed: list[str], message: str, settings: dict[str, Any], data: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(data)
+    (tmp_path / "linked").symlink_to(data / "own")
+    (tmp_path / "mine").mkdir()
+    write_manifest(tmp_path / "mine" / "manifest.jsonl", [])  # another corpus in a folder of the same name
+    corpora, older = ({name.replace("TMP", str(tmp_path)): 1.0 for name in names} for names in (own, replayed))
+    replay = {"share": 0.25 if older else 0, "corpora": older}
+    config = Finetuning.model_validate(settings | {"out": tmp_path / "run", "corpora": corpora, "replay": replay})
+    with pytest.raises(InputError) as error:
+        OwnData(config, read_settings(config.model), 0).ready()
+    assert str(error.value).startswith(message.replace("TMP", str(tmp_path)).replace("DATA", str(data)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_share_of_0_scores_alone(settings: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    base = read_settings(settings["model"])
+    for corpora in ({}, {"nowhere": 1.0}, {data / "own": 1.0}):
+        replay = {"share": 0, "corpora": corpora, "dev_corpora": [data / "older"], "tasks": {"translate_de": 1.0}}
+        config = Finetuning.model_validate(settings | {"out": tmp_path, "replay": replay})
+        whole = OwnData(config, base, 0).ready().pretraining(base)
+        assert (list(whole.corpora), whole.dev_corpora) == ([data / "own"], [data / "own", data / "older"])
+        assert whole.tasks.keys() == {"transcribe", "translate_de"}
 
 
 def test_replay_has_its_share() -> None:
@@ -253,6 +340,8 @@ def test_replay_has_its_share() -> None:
         for (task, corpus), chance in chances.items():
             number = {"mine": 0, "old": 1, "older": 2}[corpus]
             assert found[task, number] / len(drawn) == pytest.approx(chance, abs=0.03)
+        with pytest.raises(AssertionError, match="own and older at once"):
+            ReplaySchedule(older, older, share)
         again = ReplaySchedule(own, older, share)
         again.restore(json.loads(json.dumps(schedule.state(120))))
         resumed = [draw for (lane,) in again.steps(range(120, 200), range(1)) for draw in lane]
@@ -299,6 +388,25 @@ def test_the_adapter_answers(runs: Path, data: Path, tiny_checkpoint: Path, tmp_
     assert unknown.stderr.splitlines() == [told]
 
 
+def test_a_run_knows_what_it_began_with(runs: Path, tiny_checkpoint: Path) -> None:
+    """Not what lies in the folder when it is saved."""
+    base = {"vocabulary": read_settings(tiny_checkpoint).fingerprint, "lm": lm_fingerprint(tiny_checkpoint / "lm")}
+    told = read_adapter(runs / "lora" / "adapter")
+    assert (told.fingerprint, told.lm_fingerprint) == (base["vocabulary"], base["lm"])
+    state = runs / "lora" / "state" / "step-5" / "mp_rank_00_model_states.pt"
+    client = torch.load(state, weights_only=False)
+    assert client["base"] == base
+    trainer = FineTrainer.__new__(FineTrainer)
+    trainer.own = Finetuning.model_construct(model=tiny_checkpoint, out=runs / "lora")
+    trainer.base = base | {"lm": "0" * 16}
+    with pytest.raises(InputError) as error:
+        trainer.restore(client)
+    assert str(error.value) == (
+        f"model: {tiny_checkpoint} does not hold the weights and vocabulary that {runs / 'lora'} began with: put them "
+        "back, or set another 'out'"
+    )
+
+
 def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: Path) -> str:
     """The command in this process, for errors before anything is started; its last line on standard error."""
     monkeypatch.setattr(sys, "argv", ["finetune.py", "--config", str(config)])
@@ -326,7 +434,8 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         ({"corpora": {"DATA/long": 1}}, "DATA/long: 1 of 16 train utterances are longer than the 8 s that MODEL was"),
         ({"dev_corpora": ["DATA/mine/train.jsonl"]}, "train.jsonl: holds no dev utterance: split some off"),
         ({"dev_corpora": ["DATA/older"]}, "DATA/older: another dev corpus is called older too"),
-        ({"replay": {"corpora": {"DATA/own": 1}}}, "replay.corpora: DATA/own among corpora too"),
+        ({"replay": {"corpora": {"DATA/own": 1}}}, "DATA/own in replay.corpora is the same corpus as DATA/own in corp"),
+        ({"replay": {"share": 0.1}}, "replay: Value error, corpora: there are none to take examples from: name some"),
         ({"replay": {"corpora": {"nowhere": 1}}}, "nowhere: not an encoded corpus"),
         ({"replay": {"share": 1, "corpora": {"DATA/older": 1}}}, "replay.share: Input should be less than 1"),
         (
@@ -355,9 +464,35 @@ def test_clips_that_are_too_long_can_be_left_out(
     settings: dict[str, Any], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = Finetuning.model_validate(settings | {"out": tmp_path, "leave_out_longer": True})
-    OwnData(config, read_settings(config.model), 0, 1).check_lengths(data / "long", "train", "")
+    OwnData(config, read_settings(config.model), 0).check_lengths(data / "long", "train", "")
     told = f"{data}/long: 1 of 16 train utterances are longer than the 8 s that {config.model} was trained on"
     assert capsys.readouterr().out == f"{told}, the longest 8.5 s: left out\n"
+
+
+def test_long_clips_of_the_replay_are_counted(
+    settings: dict[str, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(own_data, "encode_corpus", lambda *_, **__: 0)
+    replay = {"corpora": {data / "long": 1.0}, "tasks": {"transcribe": 1.0}}
+    config = Finetuning.model_validate(settings | {"out": tmp_path, "replay": replay})
+    OwnData(config, read_settings(config.model), 0).ready()
+    assert f"{data}/long: 1 of 16 train utterances are longer than the 8 s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("message", ["holds a run already: add --resume to go on", "lora: Target modules"])
+def test_refused_before_anything_is_encoded(
+    message: str, settings: dict[str, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    changes: dict[str, Any] = {"out": tmp_path / "run", "corpora": {str(data / "mine"): 1.0}}
+    if message.startswith("lora"):
+        changes["lora"] = {"target_modules": ["nothing"]}
+    else:
+        (tmp_path / "run" / "state").mkdir(parents=True)
+    config = write_yaml(tmp_path / "bad.yaml", settings | changes)
+    assert message in run_here(monkeypatch, capsys, config)
+    assert not (tmp_path / "run" / "codes").exists()
 
 
 def test_the_shipped_config_is_valid() -> None:

@@ -1,8 +1,13 @@
 """The pretraining command: whole, stopped and resumed, on two processes, and refused."""
 
 import json
+import os
+import signal
 import socket
+import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,17 +154,48 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     assert all(torch.equal(value, weights_of(pretrained)[name]) for name, value in weights_of(out).items())
 
 
+def launcher() -> tuple[str, ...]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return ("deepspeed", "--num_accelerators", "2", "--master_port", str(free.getsockname()[1]))
+
+
+def test_ctrl_c_under_the_launcher_saves(pretrain_settings: dict[str, Any], tmp_path: Path) -> None:
+    """It reaches the launcher too, which sends SIGTERM to every process it finds, the loaders among them."""
+    out, told = tmp_path / "run", tmp_path / "told"
+    settings = pretrain_settings | {"out": out, "steps": 50000, "log_every": 1, "evaluate_every": 50000}
+    config = write_yaml(tmp_path / "pretrain.yaml", settings | {"save_every": 50000})
+    programs = Path(sys.executable).parent
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+    command = [str(programs / launcher()[0]), *launcher()[1:], "train/pretrain.py", "--config", str(config)]
+    with told.open("w") as output:
+        started = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        while not (out / "metrics.jsonl").exists() or len(read_metrics(out / "metrics.jsonl")) < 3:
+            assert started.poll() is None, told.read_text()[-3000:]
+            time.sleep(0.2)
+        os.killpg(started.pid, signal.SIGINT)
+        started.wait(timeout=60)
+        for _ in range(300):  # the launcher may end before what it launched
+            if "go on with --resume" in told.read_text():
+                break
+            time.sleep(0.2)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+    last = int(read_metrics(out / "metrics.jsonl")[-1]["step"])
+    assert (out / "state" / "latest").read_text().strip() == f"step-{last}"
+
+
 def test_two_processes_end_with_the_same_weights(pretrain_settings: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "run"
     settings = pretrain_settings | {"out": out, "steps": 4, "log_every": 2, "evaluate_every": 4, "zero_stage": 1}
     settings |= {"curriculum": {}}
     config = write_yaml(tmp_path / "pretrain.yaml", settings)
     (tmp_path / "observed.py").write_text(OBSERVED)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ("deepspeed", "--num_accelerators", 2, "--master_port", port)
-    result = run_program(*launcher, tmp_path / "observed.py", "--config", config)
+    result = run_program(*launcher(), tmp_path / "observed.py", "--config", config)
     assert result.returncode == 0, result.stderr[-3000:]
     first, second = (json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(2))
     assert first["finished"] and second["finished"]

@@ -22,6 +22,9 @@ VARIANTS = {
 }
 
 
+FULL = "out of memory: lower batch_tokens"
+
+
 @dataclass(frozen=True)
 class Reached:
     """ids_per_second: padding not counted. mfu: model FLOPs utilization; None where the GPU's peak is not known.
@@ -47,6 +50,8 @@ def reach(config: Pretraining, gpu_memory: float, steps: int) -> Reached:
         run = Ours(config)
     except InputError as error:
         return Reached(problem=str(error))
+    except torch.cuda.OutOfMemoryError:
+        return Reached(problem=FULL)
     try:
         run.lap(steps)  # kernels are chosen and compiled
         run.trainer.meter.read()
@@ -54,7 +59,7 @@ def reach(config: Pretraining, gpu_memory: float, steps: int) -> Reached:
         now()
         return Reached(lap.speed, run.trainer.meter.read().get("mfu"), lap.padding)
     except torch.cuda.OutOfMemoryError:
-        return Reached(problem="out of memory: lower batch_tokens")
+        return Reached(problem=FULL)
     finally:
         run.close()
         del run

@@ -12,11 +12,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import speechllm._torchaudio  # noqa: F401  # before transformers, whose models import torchaudio
 
 # isort: split
+import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -32,8 +35,9 @@ from train.finetune_config import Finetuning, Lora
 from train.launch import command, single_process_environment, train
 from train.log import MetricLog
 from train.own_data import OwnData
-from train.ranks import nothing, write_together
+from train.ranks import by_first, nothing, write_together
 from train.setup import Start
+from train.state import check_begun
 from train.trainer import Trainer
 from train.training_config import Tasks, Weights
 
@@ -44,25 +48,28 @@ class FineTrainer(Trainer):
     def __init__(self, config: Finetuning, resume: bool):
         self.checkpoint = read_settings(config.model)
         config.check(self.checkpoint)
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.own = OwnData(config, self.checkpoint, rank, world).ready()
+        check_begun(config.out, resume)
+        self.opened = open_start(config)  # before corpora are encoded, for hours perhaps: it may be refused
+        if int(os.environ["WORLD_SIZE"]) > 1:
+            get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+            deepspeed.init_distributed()
+        # read once: other weights may lie there by the time that an adapter is saved
+        self.base = by_first(
+            lambda: {"vocabulary": self.checkpoint.fingerprint, "lm": lm_fingerprint(config.model / LM)}
+        )
+        self.own = OwnData(config, self.checkpoint, int(os.environ["RANK"])).ready()
         super().__init__(self.own.pretraining(self.checkpoint), resume)
 
     def start(self) -> Start:
         """The checkpoint's parts, its LM with the adapter that is to be trained."""
-        checkpoint = load_checkpoint(self.own.model)
-        torch.manual_seed(self.own.seed)
-        lm = checkpoint.lm.train()
-        if self.own.lora:
-            add_lora(lm, self.own.lora)
-        return Start(lm, checkpoint.codec, checkpoint.text, checkpoint.vocabulary)
+        return self.opened
 
     def make_schedule(self) -> Schedule:
         """One's own examples, and those of the replay among them."""
         own, replay = self.part("tasks", self.own.tasks, self.own.corpora), self.own.replay
-        if not replay:
+        if not replay or not replay.share:
             return own
-        older = self.part("replay.tasks", self.own.replayed_tasks(self.checkpoint), replay.corpora)
+        older = self.part("replay.tasks", self.own.replayed_tasks(self.checkpoint), self.own.replayed())
         return ReplaySchedule(own, older, replay.share)
 
     def part(self, setting: str, tasks: Tasks, corpora: Weights) -> Schedule:
@@ -102,10 +109,23 @@ class FineTrainer(Trainer):
         return AdapterSettings(
             name=self.own.name,
             checkpoint=self.checkpoint.name,
-            fingerprint=self.checkpoint.fingerprint,
-            lm_fingerprint=lm_fingerprint(self.own.model / LM),
+            fingerprint=self.base["vocabulary"],
+            lm_fingerprint=self.base["lm"],
             tasks=tuple(self.own.tasks),
         )
+
+    def client(self) -> dict[str, Any]:
+        """Beside the rest, the fingerprints of what the run began with."""
+        return super().client() | {"base": self.base}
+
+    def restore(self, client: dict[str, Any]) -> None:
+        """Raises InputError when the run began with another checkpoint."""
+        if client.get("base") != self.base:
+            raise InputError(
+                f"model: {self.own.model} does not hold the weights and vocabulary that {self.own.out} began with: put "
+                "them back, or set another 'out'"
+            )
+        super().restore(client)
 
     def run(self) -> bool:
         """Train to the end, from scores of the checkpoint as it is; False when stopped early."""
@@ -118,6 +138,16 @@ class FineTrainer(Trainer):
                 log.close()
                 print("step 0: " + "  ".join(f"{name} {value:.2f}" for name, value in scores.items()))
         return super().run()
+
+
+def open_start(config: Finetuning) -> Start:
+    """What training begins with. Raises InputError when the checkpoint is damaged, or has no place for the adapter."""
+    checkpoint = load_checkpoint(config.model)
+    torch.manual_seed(config.seed)
+    lm = checkpoint.lm.train()
+    if config.lora:
+        add_lora(lm, config.lora)
+    return Start(lm, checkpoint.codec, checkpoint.text, checkpoint.vocabulary)
 
 
 def add_lora(lm: PreTrainedModel, lora: Lora) -> None:
@@ -143,7 +173,7 @@ def add_lora(lm: PreTrainedModel, lora: Lora) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True, help="YAML file; see train/configs/finetune.yaml")
     parser.add_argument("--resume", action="store_true", help="go on from the last saved state")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher

@@ -44,7 +44,7 @@ class Replay(Settings):
     """What the checkpoint was trained on before, some of it once more, against forgetting."""
 
     share: float = Field(0.25, ge=0, lt=1, description="of all examples; 0: dev_corpora are scored, no more")
-    corpora: Weights = Field(min_length=1, description="as those of one's own")
+    corpora: Weights = Field({}, description="as those of one's own; not read with a share of 0")
     dev_corpora: list[Path] = Field([])
     tasks: Tasks | None = Field(None, min_length=1, description="all that the checkpoint was trained on unless given")
 
@@ -52,6 +52,12 @@ class Replay(Settings):
     @classmethod
     def _known_tasks(cls, tasks: Tasks | None) -> Tasks | None:
         return tasks and known_tasks(tasks)
+
+    @model_validator(mode="after")
+    def _has_corpora(self) -> Replay:
+        if self.share and not self.corpora:
+            raise ValueError("corpora: there are none to take examples from: name some, or set share to 0")
+        return self
 
 
 class Finetuning(Training):
@@ -83,12 +89,6 @@ class Finetuning(Training):
         return value
 
     @model_validator(mode="after")
-    def _own_is_not_replayed(self) -> Finetuning:
-        if self.replay and (both := self.corpora.keys() & self.replay.corpora.keys()):
-            raise ValueError(f"replay.corpora: {', '.join(map(str, both))} among corpora too: leave it out of one")
-        return self
-
-    @model_validator(mode="after")
     def _experts_are_held(self) -> Finetuning:
         if self.lora and self.expert_parallel > 1:
             raise ValueError("lora: DeepSpeed spreads only experts that are trained: set expert_parallel to 1")
@@ -99,6 +99,10 @@ class Finetuning(Training):
         if not self.replay:
             return {}
         return self.replay.tasks or {name: 1.0 for name in checkpoint.tasks if name in TASKS}
+
+    def replayed(self) -> Weights:
+        """Corpora of the replay that examples are taken from, with their weights."""
+        return self.replay.corpora if self.replay and self.replay.share else {}
 
     def scored(self) -> list[Path]:
         """The corpora of one's own whose dev rows are scored."""
@@ -131,7 +135,7 @@ class Finetuning(Training):
             "codec": self.model / CODEC,
             "max_audio_seconds": checkpoint.max_audio_seconds,
             "max_answer_tokens": checkpoint.max_answer_tokens,
-            "corpora": self.corpora | (replay.corpora if replay else {}),
+            "corpora": self.corpora | self.replayed(),
             "dev_corpora": dev_corpora,
             "tasks": self.replayed_tasks(checkpoint) | self.tasks,
             "short_first": 0,

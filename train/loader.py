@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
+from threading import Thread
 
 import matplotlib
 import torch
@@ -31,7 +32,15 @@ def leave_signals_to_parent(worker: int) -> None:
     """Ctrl-C is for the process that trains, and so is a SIGTERM to its group: it finishes its step and saves."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how a loader ends its workers
+    # DeepSpeed's launcher sends SIGTERM to each process it finds; from the parent it is how a loader ends its workers
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def micro_batches(schedule: Schedule, steps: range, lanes: range) -> Iterator[tuple[int, int, list[Draw]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +11,11 @@ from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
 from torch import distributed
 
+from speechllm.errors import InputError
+
 T = TypeVar("T")
+
+PATIENCE = timedelta(days=7)  # with work of hours in rank 0; when that dies, the wait ends at once
 
 
 class SavingError(Exception):
@@ -29,13 +34,34 @@ def everywhere(value: bool) -> bool:
     return not anywhere(not value)
 
 
-def gather(value: T) -> list[T]:
-    """``value`` of every rank, in their order."""
+def gather(value: T, group: distributed.ProcessGroup | None = None) -> list[T]:
+    """``value`` of every rank, in their order. group: of all ranks, instead of the one that they have anyway."""
     if not distributed.is_initialized():
         return [value]
     values: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
+    distributed.all_gather_object(values, value, group)
     return values
+
+
+def by_first(work: Callable[[], T]) -> T:
+    """What ``work`` gives in rank 0, on all ranks, which wait for as long as it takes.
+
+    Raises:
+        InputError: on all ranks, when ``work`` does.
+    """
+    group: distributed.ProcessGroup | None = None
+    if distributed.is_initialized():  # in the group of training, ranks give one another up after minutes
+        group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+    outcome: tuple[Any, str | None] = (None, None)  # what it gives, or what is wrong
+    if group is None or distributed.get_rank() == 0:
+        try:
+            outcome = (work(), None)
+        except InputError as error:
+            outcome = (None, str(error))
+    result, problem = gather(outcome, group)[0]
+    if problem is not None:
+        raise InputError(problem)
+    return result
 
 
 def write_together(write: Callable[[], object]) -> None:

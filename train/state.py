@@ -20,6 +20,14 @@ from torch import distributed
 from speechllm.errors import InputError
 from train.ranks import nothing, write_together
 
+STATE = "state"  # in the folder of a run
+
+
+def check_begun(out: Path, resume: bool) -> None:
+    """Raises InputError when ``out`` holds a run that is not to be resumed."""
+    if (out / STATE).exists() and not resume:
+        raise InputError(f"{out}: holds a run already: add --resume to go on, or set another 'out'")
+
 
 @dataclass(frozen=True)
 class Layout:

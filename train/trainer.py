@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from random import Random
+from typing import Any
 
 import speechllm._torchaudio  # noqa: F401  # before transformers, whose models import torchaudio
 
@@ -39,7 +40,7 @@ from train.pretrain_config import Pretraining
 from train.ranks import SavingError, anywhere, nothing, write_together
 from train.report import plot_report
 from train.setup import Start, make_mixture, make_schedule, make_start
-from train.state import Layout, RunState
+from train.state import STATE, Layout, RunState, check_begun
 from train.step_losses import StepLosses
 from train.validate import Validation
 
@@ -50,9 +51,8 @@ class Trainer:
     def __init__(self, config: Pretraining, resume: bool):
         self.config = config = on_machine(config, torch.cuda.is_available())
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.state = RunState(config.out / "state", Layout(self.world, config.zero_stage, config.expert_parallel))
-        if self.state.folder.exists() and not resume:
-            raise InputError(f"{config.out}: holds a run already: add --resume to go on, or set another 'out'")
+        check_begun(config.out, resume)
+        self.state = RunState(config.out / STATE, Layout(self.world, config.zero_stage, config.expert_parallel))
         start = self.start()
         self.text, self.vocabulary = start.text, start.vocabulary
         self.mixture = make_mixture(config, start)
@@ -75,11 +75,7 @@ class Trainer:
         flops = speed_of(start.lm.config, self.parameters[1], device_name())
         self.meter = Meter(self.schedule, ExpertLoad(list(config.tasks)), flops)
         if self.state.tag:
-            client = self.state.load(self.engine)
-            self.step = client["step"]
-            self.schedule.restore(client["schedule"])
-            self.meter.restore(client["meter"])
-            self.balance.restore(client["balance"])
+            self.restore(self.state.load(self.engine))
         self.validation = Validation(config, start.codec, self.vocabulary, self.text, self.rank, self.world)
 
     def start(self) -> Start:
@@ -160,18 +156,31 @@ class Trainer:
             start = self.state.tag or "the start"
             raise InputError(f"step {step}: {problem}, then go on from {start} with --resume")
 
+    def client(self) -> dict[str, Any]:
+        """What :meth:`restore` needs beside the state of the engine; all ranks must call it."""
+        return {
+            "step": self.step,
+            "schedule": self.schedule.state(self.step),
+            "meter": self.meter.state(),
+            "balance": self.balance.state(),
+        }
+
+    def restore(self, client: dict[str, Any]) -> None:
+        """Go on where the run that gave ``client`` was. Raises InputError when it is beyond the last step already."""
+        self.step = client["step"]
+        if self.step > self.config.steps:
+            raise InputError(f"steps = {self.config.steps}: the run is at step {self.step} already: raise it to go on")
+        self.schedule.restore(client["schedule"])
+        self.meter.restore(client["meter"])
+        self.balance.restore(client["balance"])
+
     def save(self) -> None:
         """State to resume from, a checkpoint that can be served, the experts' load; all ranks must call it.
 
         Raises:
             InputError: on all ranks, when a file cannot be written on one.
         """
-        client = {
-            "step": self.step,
-            "schedule": self.schedule.state(self.step),
-            "meter": self.meter.state(),
-            "balance": self.balance.state(),
-        }
+        client = self.client()
         try:
             self.save_checkpoint()  # first: who is killed before the state counts comes by here again
             self.state.save(self.engine, self.step, client)

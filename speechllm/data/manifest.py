@@ -80,7 +80,7 @@ def read_records(path: str | Path) -> Iterator[tuple[int, dict]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such manifest")
+        raise InputError(f"{path}: no such manifest; python -m train.import_data makes one")
     try:
         with path.open(encoding="utf-8") as lines:
             yield from read_json_lines(path, lines)

@@ -18,6 +18,8 @@ class ReplaySchedule(Schedule):
     """
 
     def __init__(self, own: Schedule, older: Schedule, share: float):
+        corpora, others = ({name for found in part.pools.values() for name in found} for part in (own, older))
+        assert not corpora & others, f"own and older at once: {corpora & others}"
         pools = {task: {**own.pools.get(task, {}), **older.pools.get(task, {})} for task in [*own.pools, *older.pools]}
         super().__init__(pools, {}, own.batch_tokens, own.seed, own.lanes)
         self._parts = ((own, 1 - share), (older, share))
