@@ -5,11 +5,8 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -103,21 +100,10 @@ def engine() -> Iterator[None]:
             distributed.destroy_process_group()
 
 
-class PoolHere:
-    """Does in this process what a pool of processes would do: each of those imports torch, for every codec anew."""
-
-    def apply_async(self, work: Callable[..., Any], arguments: tuple[Any, ...]) -> SimpleNamespace:
-        result = work(*arguments)
-        return SimpleNamespace(get=lambda: result)
-
-
-def test_from_a_codec_to_an_answer(
-    codec_folder: Path, corpus: Path, engine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_from_a_codec_to_an_answer(codec_folder: Path, corpus: Path, engine: None, tmp_path: Path) -> None:
     codes = tmp_path / "codes"
-    with monkeypatch.context() as patch:
-        patch.setattr(encode, "worker_pool", lambda jobs: nullcontext(PoolHere()))
-        command(encode.main, corpus / "manifest.jsonl", "--out", codes, "--codec", codec_folder, "--n-q", N_Q)
+    # in this process: another would import torch anew
+    command(encode.main, corpus / "manifest.jsonl", "--out", codes, "--codec", codec_folder, "--n-q", N_Q, "--jobs", 1)
     codec = load_codec(codec_folder)
     rows = {row["id"]: row_codes(row, N_Q) for row in read_encoded([codes], "train", codec)}
     for number in range(len(WORDS)):

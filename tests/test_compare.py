@@ -102,6 +102,14 @@ def test_ready_made_comparisons_are_ones(config: Path, tmp_path: Path, monkeypat
     assert len({run.config.model_copy(update={"out": tmp_path}).model_dump_json() for run in runs}) == len(runs)
 
 
+def test_the_dense_model_has_as_many_active_parameters_as_the_one_with_experts(tmp_path: Path) -> None:
+    comparison = compare.read_config(ROOT / "train" / "configs" / "compare-experts.yaml", Comparison)
+    base = {"base": ROOT / comparison.base, "out": tmp_path}
+    dense, experts = (run.config.model for run in plan_runs(comparison.model_copy(update=base)))
+    one = {"num_experts": 1, "top_k": 1, "expert_size": experts.top_k * experts.expert_size}
+    assert experts.num_experts > experts.top_k > 1 and dense == experts.model_copy(update=one)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -359,11 +359,7 @@ def test_a_run_may_start_from_an_earlier_one(
 
 def test_the_shipped_configs_are_valid() -> None:
     folder = ROOT / "train" / "configs"
-    words, dense, tasks = (read_config(folder / f"{name}.yaml", Pretraining) for name in ("tiny", "dense", "all-tasks"))
-    sizes = words.model
-    one = {"num_experts": 1, "top_k": 1, "expert_size": sizes.top_k * sizes.expert_size}
-    own = {"name": dense.name, "out": dense.out, "model": sizes.model_copy(update=one)}
-    assert dense == words.model_copy(update=own)
+    words, tasks = (read_config(folder / f"{name}.yaml", Pretraining) for name in ("tiny", "all-tasks"))
     assert words.tasks.keys() < tasks.tasks.keys()
     assert tasks.tasks.keys() == TASKS.keys()
     own = read_config(folder / "own-data.yaml", Pretraining)
