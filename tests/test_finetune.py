@@ -3,7 +3,6 @@
 import json
 import socket
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from conftest import RATE, ROOT, command, run_program, write_yaml
 from safetensors.torch import load_file
 from soundfile import write as write_wav
-from torch import distributed
 from typer.testing import CliRunner
 
 from serve.answer import Answer, Answerer
@@ -21,11 +19,8 @@ from serve.cli import app
 from speechllm.adapter import lm_fingerprint, read_adapter
 from speechllm.checkpoint import load_checkpoint, read_settings
 from speechllm.data.manifest import Utterance, write_manifest
-from speechllm.data.mixture import Pool
-from speechllm.data.replay import ReplaySchedule
-from speechllm.data.schedule import Schedule
 from speechllm.errors import InputError
-from train import evaluate, finetune, own_data, ranks
+from train import evaluate, finetune, own_data
 from train.config import read_config
 from train.encode import encode_corpus
 from train.finetune import FineTrainer
@@ -251,30 +246,6 @@ def test_a_full_disk_is_told_in_one_line(
     )
 
 
-def test_ranks_wait_for_the_first_longer_than_for_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits, new_group = [], distributed.new_group
-
-    def noted_group(**options: Any) -> Any:
-        waits.append(options["timeout"])
-        return new_group(**options)
-
-    def fail() -> None:
-        raise InputError("no room")
-
-    monkeypatch.setattr(distributed, "new_group", noted_group)
-    assert ranks.by_first(lambda: 3) == 3
-    assert not waits, "there is nobody who waits"
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        assert ranks.by_first(lambda: "codes") == "codes"
-        with pytest.raises(InputError, match="no room"):
-            ranks.by_first(fail)
-    finally:
-        distributed.destroy_process_group()
-    assert waits == [ranks.PATIENCE] * 2
-    assert ranks.PATIENCE.days >= 1
-
-
 @pytest.mark.parametrize(
     ("own", "replayed", "message"),
     [
@@ -317,36 +288,6 @@ def test_a_share_of_0_scores_alone(settings: dict[str, Any], data: Path, tmp_pat
         whole = OwnData(config, base, 0).ready().pretraining(base)
         assert (list(whole.corpora), whole.dev_corpora) == ([data / "own"], [data / "own", data / "older"])
         assert whole.tasks.keys() == {"transcribe", "translate_de"}
-
-
-def test_replay_has_its_share() -> None:
-    pools = [Pool(np.arange(n, n + 40), np.full(40, 50.0)) for n in (0, 40, 80)]
-    own = Schedule({"transcribe": {"mine": pools[0]}}, {"transcribe": 1.0}, 800.0, seed=1)
-    old = {"transcribe": {"old": pools[1]}, "emotion": {"old": pools[1], "older": pools[2]}}
-    for share in (0.0, 0.25):
-        older = Schedule(old, {"transcribe": 3.0, "emotion": 1.0}, 800.0, corpus_weights={"old": 4.0})
-        schedule = ReplaySchedule(own, older, share)
-        drawn = [draw for (lane,) in schedule.steps(range(200), range(1)) for draw in lane]
-        assert len(drawn) > 3000
-        found = Counter((draw.task, draw.row // 40) for draw in drawn)
-        if not share:
-            assert found.keys() == {("transcribe", 0)}
-            continue
-        chances = schedule.chances(0)
-        assert chances["transcribe", "mine"] == pytest.approx(0.75)
-        assert chances["emotion", "old"] == pytest.approx(4 * chances["emotion", "older"])
-        assert schedule.shares(0) == pytest.approx(
-            {task: sum(c for (of, _), c in chances.items() if of == task) for task in ("transcribe", "emotion")}
-        )
-        for (task, corpus), chance in chances.items():
-            number = {"mine": 0, "old": 1, "older": 2}[corpus]
-            assert found[task, number] / len(drawn) == pytest.approx(chance, abs=0.03)
-        with pytest.raises(AssertionError, match="own and older at once"):
-            ReplaySchedule(older, older, share)
-        again = ReplaySchedule(own, older, share)
-        again.restore(json.loads(json.dumps(schedule.state(120))))
-        resumed = [draw for (lane,) in again.steps(range(120, 200), range(1)) for draw in lane]
-        assert resumed == drawn[-len(resumed) :]
 
 
 def test_runs_see_own_and_older_examples(runs: Path) -> None:

@@ -20,8 +20,6 @@ VARIANTS = {
     "SDPA, packed": {"attn_implementation": SDPA},
     "SDPA, padded": {"attn_implementation": SDPA, "row_length": 1},
 }
-
-
 FULL = "out of memory: lower batch_tokens"
 
 
