@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import pytest
 import soundfile
 import torch
 import yaml
+from deepspeed.utils import groups
+from torch import distributed
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -90,6 +92,24 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tasks=["transcribe"],
     )
     return folder / "tiny"
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[None]:
+    """What training needs to start in this process; ends the process group and signal handlers it leaves behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        # the environment's ninja, as when it is activated: with another one DeepSpeed would compile its C++ part anew
+        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
+            patch.setenv(name, str(value))
+        patch.setenv("MASTER_PORT", "0")  # any free one
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        yield
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+        groups._WORLD_GROUP = None  # DeepSpeed's clone, which would be taken for one of the next group
 
 
 def command(main: Callable[..., None], *arguments: object) -> str:

@@ -1,11 +1,7 @@
 """Any codec will do: with each kind, a corpus is encoded, a model trained on it, saved, and asked about a clip."""
 
 import json
-import os
 import shutil
-import signal
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +10,6 @@ import soundfile
 import torch
 from conftest import TEXT_MODEL, command, filled
 from test_codec_huggingface import TINY, fill, noise, tiny
-from torch import distributed
 from typer.testing import CliRunner
 
 from serve.cli import app
@@ -81,23 +76,6 @@ def codec_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         tiny(request.param).save_pretrained(folder / "model")
         command(import_codec.main, folder / "model", "--out", folder / "codec", "--n-q", 3)
     return folder / "codec"
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[None]:
-    """What training needs to start in this process; ends the process group and signal handlers it leaves behind."""
-    with pytest.MonkeyPatch.context() as patch:
-        # the environment's ninja, as when it is activated: with another one DeepSpeed would compile its C++ part anew
-        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
-            patch.setenv(name, str(value))
-        patch.setenv("MASTER_PORT", "0")
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        yield
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
 
 
 def test_from_a_codec_to_an_answer(codec_folder: Path, corpus: Path, engine: None, tmp_path: Path) -> None:

@@ -164,11 +164,8 @@ def test_what_a_gpu_would_measure(config: Pretraining) -> None:
     assert "GiB of each of 1 GPUs" in table
 
 
-def test_a_variant_is_measured_or_says_why_not(config: Pretraining, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variant_is_measured_or_says_why_not(config: Pretraining, engine: None) -> None:
     """Here without a GPU, whose peak would give an MFU."""
-    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("MASTER_PORT", "0")  # any free one
     wide = bench.changed(config, {"row_length": 400, "batch_tokens": 1200})
     found = {name: bench_gpu.reach(one, 80, steps=1) for name, one in bench_gpu.variants(wide).items()}
     if not torch.cuda.is_available():
