@@ -1,69 +1,80 @@
-"""Files and an instruction in, answers out: read, cut, encode, render, generate, read back."""
+"""What comes back: the answer to a question about a recording, put together from those about its pieces."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
-from serve.segmentation import is_silent, speech_spans
-from speechllm.audio import read_audio, to_seconds
+from serve.recording import Recording, Span
+from serve.search import Finish, Hypothesis
 from speechllm.checkpoint import Checkpoint
-from speechllm.errors import InputError
-from speechllm.generate import Completion, generate
-from speechllm.prompt import Example, answer_parts, render
-from speechllm.tasks import TASKS, Parts, Segment, Task, Time, find_task, normalize_instruction
+from speechllm.prompt import answer_parts
+from speechllm.tasks import Parts, Segment, Task, Time
+from speechllm.tasks.labels import Label
 
-FinishReason = Literal["stop", "length", "no_speech"]
+FinishReason = Literal["stop", "length", "no_speech", "repetition", "timeout", "cancelled", "abstained"]
+# of several pieces, the worst decides
+_WORST: tuple[Finish, ...] = ("cancelled", "timeout", "repetition", "length")
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of an answer, and how sure the model was of it, within [0, 1]; times where the answer tells them."""
+
+    text: str
+    confidence: float
+    start: float | None = None
+    end: float | None = None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model answered about one file.
+    """What the model answered about one recording.
 
-    text: the whole answer; of audio longer than the checkpoint's `max_audio_seconds`, which is answered span by span
-        (see `serve.segmentation`), the answers of the spans joined by a space.
+    task: name of the task that the instruction is a wording of; None for other instructions, read as plain text.
+    text: the whole answer; of audio longer than the checkpoint's ``max_audio_seconds``, which is answered span by span
+        (see :mod:`serve.segmentation`), the answers of the spans joined by a space. "" when it was withheld.
     segments: those the answer tells, where the task tells any; else one for each span with an answer. Times are in
-        seconds from the start of the file. Speakers are numbered anew in each span.
+        seconds from the start of the file.
+    words: of answers in words, in their order.
     label: the answer's label where the task has labels and all spans agree on it.
-    confidence: exp of the mean log-probability of all ids generated, within [0, 1]; 1 when the model was not asked.
+    confidence: within [0, 1]; of a label its probability among those there are, of other answers the geometric mean of
+        the probabilities of their ids; both to the power of 1 / the checkpoint's ``confidence_temperature``. 1 when
+        the model was not asked.
     seconds_consumed: what was put before the model or found to hold no speech. Equal to seconds_in: no part of a file
         is passed over.
-    finish_reason: "stop"; "length" when the answer of any span was cut at the checkpoint's `max_answer_tokens`;
-        "no_speech" when there was nothing to hear or the model answered with nothing.
-    timings: seconds spent to "read", "encode" (pauses searched too) and "generate" (files answered in one batch share
-        its time by their number of spans).
+    finish_reason: "stop"; "length" when the answer of any span was cut at its longest; "repetition" when one said the
+        same again and again, and was cut to once; "timeout" and "cancelled" when it was stopped, with what was there;
+        "no_speech" when there was nothing to hear or the model answered with nothing; "abstained" when its confidence
+        was below the least that was asked for.
+    model: name of the checkpoint that answered.
+    tokens_in, tokens_out: ids of prompts and of answers.
+    timings: seconds to "read" and "encode" (pauses searched too); from asking to the last place in the batch
+        ("queue"), the "first" id and the last one ("generate").
     """
 
     file: str
     instruction: str
+    task: str | None
     text: str
     segments: tuple[Segment, ...]
+    words: tuple[Word, ...]
     label: str | None
+    slots: Mapping[str, str]
     confidence: float
     seconds_in: float
     seconds_consumed: float
     finish_reason: FinishReason
+    model: str
+    tokens_in: int
+    tokens_out: int
     timings: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON, in the order of the fields; times to the millisecond."""
-        return asdict(self) | {
-            "segments": [
-                asdict(segment) | {"start": round(segment.start, 3), "end": round(segment.end, 3)}
-                for segment in self.segments
-            ],
-            "confidence": round(self.confidence, 4),
-            "seconds_in": round(self.seconds_in, 3),
-            "seconds_consumed": round(self.seconds_consumed, 3),
-            "timings": {name: round(seconds, 3) for name, seconds in self.timings.items()},
-        }
+        return _rounded(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -78,164 +89,127 @@ class Failure:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class SpanAnswer:
+    """What was generated about one span: a prompt of ``tokens_in`` ids, its continuation and how it ended."""
+
+    span: Span
+    tokens_in: int
+    best: Hypothesis
+    finish: Finish
+
+
 @dataclass
-class _Clip:
-    """A file being answered. What `_prepare` found out about it, and its spans."""
+class _Whole:
+    """What the spans' answers add up to."""
 
-    file: str
-    seconds_in: float
-    seconds_consumed: float
-    timings: dict[str, float]
-    spans: list[_Span] = field(default_factory=list)
-
-
-@dataclass
-class _Span:
-    """A piece of a clip, from `start` to `end` (seconds), and its prompt: int64 [seq]."""
-
-    clip: _Clip
-    start: float
-    end: float
-    prompt: Tensor
-    completion: Completion | None = None
+    texts: list[str] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    words: list[Word] = field(default_factory=list)
+    labels: set[str | None] = field(default_factory=set)
+    slots: dict[str, str] = field(default_factory=dict)
 
 
-class Answerer:
-    """Answers questions about audio files with one checkpoint, up to `batch_size` spans decoded together."""
+def assemble(
+    checkpoint: Checkpoint,
+    recording: Recording,
+    instruction: str,
+    task: Task | None,
+    reader: Task,
+    spans: Sequence[SpanAnswer],
+    min_confidence: float,
+    timings: Mapping[str, float],
+) -> Answer:
+    """The answer about a recording from those about its spans, read back by the task ``reader``."""
+    whole = _Whole()
+    scores: list[float] = []
+    for one in spans:
+        parts = answer_parts(one.best.ids, checkpoint.vocabulary, checkpoint.text)
+        parsed = reader.read(moved(parts, one.span.start))
+        scores += [sum(one.best.logprobs)] if isinstance(reader, Label) else one.best.logprobs
+        if parsed.text:
+            whole.texts.append(parsed.text)
+            whole.labels.add(parsed.label)
+            whole.slots |= parsed.slots
+            own = [Segment(None, one.span.start, one.span.end, parsed.text)]
+            whole.segments += parsed.segments if reader.marks else own
+            whole.words += () if isinstance(reader, Label) else words(checkpoint, one.best, one.span.start)
+    confidence = _calibrated(checkpoint, sum(scores) / len(scores)) if scores else 1.0
+    worst = next((finish for finish in _WORST if any(one.finish == finish for one in spans)), None)
+    reason: FinishReason = worst or ("stop" if whole.texts else "no_speech")
+    if confidence < min_confidence:
+        whole, reason = _Whole(), "abstained"
+    return Answer(
+        file=recording.name,
+        instruction=instruction,
+        task=task.name if task else None,
+        text=" ".join(whole.texts),
+        segments=tuple(whole.segments),
+        words=tuple(whole.words),
+        label=whole.labels.pop() if len(whole.labels) == 1 else None,
+        slots=whole.slots,
+        confidence=confidence,
+        seconds_in=recording.seconds,
+        seconds_consumed=recording.consumed,
+        finish_reason=reason,
+        model=checkpoint.settings.name,
+        tokens_in=sum(one.tokens_in for one in spans),
+        tokens_out=sum(len(one.best.ids) for one in spans),
+        timings=recording.timings | dict(timings),
+    )
 
-    def __init__(self, checkpoint: Checkpoint, batch_size: int = 8) -> None:
-        """Raises InputError for a batch size below 1."""
-        if batch_size < 1:
-            raise InputError(f"the batch size must be 1 or more, not {batch_size}")
-        self._checkpoint = checkpoint
-        self._batch_size = batch_size
-        ids = torch.arange(checkpoint.vocabulary.size)
-        self._plain = checkpoint.vocabulary.is_text(ids) | (ids == checkpoint.vocabulary.end)  # [vocabulary]
-        self._plain[checkpoint.text.hidden_ids] = False
-        self._plain[checkpoint.text.size : checkpoint.vocabulary.text_size] = False  # rows of no piece
-        self._marked = self._plain | checkpoint.vocabulary.is_mark(ids)
 
-    def ask(self, files: Sequence[str], instruction: str, shots: Sequence[Example] = ()) -> Iterator[Answer | Failure]:
-        """One answer per file, in the order given, each as soon as it and those before it are there.
+def words(checkpoint: Checkpoint, best: Hypothesis, seconds: float) -> Iterator[Word]:
+    """The words of a span that begins at ``seconds``; each as sure as all its pieces together.
 
-        files: paths, or "-" for standard input. A file that cannot be answered gives a Failure; the others are
-        answered. No more than one file's audio is held in memory at a time.
-        Raises InputError for an instruction or shots that cannot be used, before any file is read.
-        """
-        instruction = normalize_instruction(instruction)
-        nothing = torch.zeros(self._checkpoint.vocabulary.n_q, 0, dtype=torch.int64)
-        self._prompt(nothing, instruction, shots)
-        return self._answers(files, instruction, shots, find_task(instruction) or TASKS["transcribe"])
+    Words get the times of the segment that they are in.
+    """
+    vocabulary = checkpoint.vocabulary
+    start: float | None = None  # of the segment, once it has begun
+    run: list[tuple[int, float]] = []  # text ids since the last mark
+    for index, log_prob in zip(best.ids, best.logprobs, strict=False):  # the end id has a probability too
+        at, speaker = vocabulary.seconds_of(index), vocabulary.speaker_of(index)
+        if at is None and speaker is None:
+            run.append((index, log_prob))
+            continue
+        end = None if at is None or start is None else seconds + at
+        yield from _spelt(checkpoint, run, start, end)
+        run = []
+        start = seconds + at if at is not None and end is None else None
+    yield from _spelt(checkpoint, run, None, None)
 
-    def _answers(
-        self, files: Sequence[str], instruction: str, shots: Sequence[Example], task: Task
-    ) -> Iterator[Answer | Failure]:
-        clips: deque[_Clip | Failure] = deque()  # read, not yet given back
-        waiting: list[_Span] = []
-        for file in files:
-            try:
-                clip = self._prepare(file, instruction, shots)
-            except InputError as error:
-                clips.append(Failure(file, str(error)))
-            else:
-                clips.append(clip)
-                waiting += clip.spans
-            while len(waiting) >= self._batch_size:
-                self._complete(waiting[: self._batch_size], task)
-                del waiting[: self._batch_size]
-            yield from self._finished(clips, instruction, task)
-        self._complete(waiting, task)
-        yield from self._finished(clips, instruction, task)
 
-    def _finished(self, clips: deque[_Clip | Failure], instruction: str, task: Task) -> Iterator[Answer | Failure]:
-        """Takes from the left what is answered, up to the first clip that is not."""
-        while clips:
-            clip = clips[0]
-            if isinstance(clip, _Clip) and any(span.completion is None for span in clip.spans):
-                return
-            clips.popleft()
-            yield clip if isinstance(clip, Failure) else self._answer(clip, instruction, task)
+def _spelt(
+    checkpoint: Checkpoint, run: Sequence[tuple[int, float]], start: float | None, end: float | None
+) -> Iterator[Word]:
+    ids = [index for index, _ in run]
+    ends = [len(checkpoint.text.decode(ids[: number + 1])) for number in range(len(ids))]  # characters
+    text = checkpoint.text.decode(ids)
+    begun = 0
+    for word in text.split():
+        first = text.index(word, begun)
+        begun = first + len(word)
+        inside = [
+            log_prob
+            for (_, log_prob), before, after in zip(run, [0, *ends], ends, strict=False)
+            if before < begun and after > first
+        ]
+        yield Word(word, _calibrated(checkpoint, sum(inside)), start, end)
 
-    def _prepare(self, file: str, instruction: str, shots: Sequence[Example]) -> _Clip:
-        """Raises InputError when the file cannot be read, or its prompt does not fit the model."""
-        codec = self._checkpoint.codec
-        started = time.perf_counter()
-        wav = read_audio(file, codec.sample_rate)
-        read = time.perf_counter()
-        total = wav.shape[-1]
-        missed = 0  # samples of spans that the codes do not reach
-        clip = _Clip(file, to_seconds(total, codec.sample_rate), 0.0, {"read": read - started})
-        silent = is_silent(wav, codec.sample_rate)
-        limit = self._checkpoint.settings.max_audio_seconds
-        for start, end in [] if silent else speech_spans(wav, codec.sample_rate, limit):
-            codes = self._checkpoint.encode(wav[:, start:end])  # [n_q, frames]
-            missed += max(0, end - start - codes.shape[1] * codec.hop_length)
-            try:
-                prompt = self._prompt(codes, instruction, shots)
-            except InputError as error:
-                raise InputError(f"{file}: {error}") from error
-            times = (to_seconds(start, codec.sample_rate), to_seconds(end, codec.sample_rate))
-            clip.spans.append(_Span(clip, *times, prompt))
-        clip.seconds_consumed = to_seconds(total - missed, codec.sample_rate)
-        clip.timings |= {"encode": time.perf_counter() - read, "generate": 0.0}
-        return clip
 
-    def _prompt(self, codes: Tensor, instruction: str, shots: Sequence[Example]) -> Tensor:
-        """int64 [seq]. Raises InputError when it and the longest answer do not fit the model's positions."""
-        checkpoint = self._checkpoint
-        ids = render(Example(codes, instruction), checkpoint.vocabulary, checkpoint.text, shots).ids
-        room = checkpoint.lm.config.max_position_embeddings - checkpoint.settings.max_answer_tokens
-        if len(ids) > room:
-            ways = "fewer or shorter shots" if shots else "a shorter instruction"
-            raise InputError(f"a prompt of {len(ids)} ids exceeds the {room} the model has room for; use {ways}")
-        return ids
-
-    def _complete(self, spans: Sequence[_Span], task: Task) -> None:
-        checkpoint = self._checkpoint
-        started = time.perf_counter()
-        completions = generate(
-            checkpoint.lm,
-            [span.prompt for span in spans],
-            end_id=checkpoint.vocabulary.end,
-            pad_id=checkpoint.vocabulary.pad,
-            max_new_tokens=checkpoint.settings.max_answer_tokens,
-            allowed=self._marked if task.marks else self._plain,
-        )
-        seconds = time.perf_counter() - started
-        for span, completion in zip(spans, completions, strict=True):
-            span.completion = completion
-            span.clip.timings["generate"] += seconds / len(spans)
-
-    def _answer(self, clip: _Clip, instruction: str, task: Task) -> Answer:
-        texts: list[str] = []
-        segments: list[Segment] = []
-        labels: set[str | None] = set()
-        logprobs: list[float] = []
-        cut = False
-        for span in clip.spans:
-            assert span.completion is not None
-            parts = answer_parts(span.completion.ids, self._checkpoint.vocabulary, self._checkpoint.text)
-            parsed = task.read(moved(parts, span.start))
-            logprobs += span.completion.logprobs
-            cut = cut or span.completion.finish_reason == "length"
-            if parsed.text:
-                texts.append(parsed.text)
-                labels.add(parsed.label)
-                segments += parsed.segments if task.marks else [Segment(None, span.start, span.end, parsed.text)]
-        return Answer(
-            file=clip.file,
-            instruction=instruction,
-            text=" ".join(texts),
-            segments=tuple(segments),
-            label=labels.pop() if len(labels) == 1 else None,
-            confidence=math.exp(sum(logprobs) / len(logprobs)) if logprobs else 1.0,
-            seconds_in=clip.seconds_in,
-            seconds_consumed=clip.seconds_consumed,
-            finish_reason="length" if cut else "stop" if texts else "no_speech",
-            timings=clip.timings,
-        )
+def _calibrated(checkpoint: Checkpoint, log_prob: float) -> float:
+    return math.exp(log_prob / checkpoint.settings.confidence_temperature)
 
 
 def moved(parts: Parts, seconds: float) -> Parts:
     """An answer about a span with its times counted from the start of the file, the span being at ``seconds``."""
     return tuple(Time(part.seconds + seconds) if isinstance(part, Time) else part for part in parts)
+
+
+def _rounded(value: Any) -> Any:
+    """Every float in it to four digits after the point."""
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value

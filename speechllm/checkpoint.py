@@ -49,6 +49,7 @@ class CheckpointSettings(BaseModel):
     max_audio_seconds: float = Field(gt=0, description="longest clip it was trained on; longer ones are cut at pauses")
     max_answer_tokens: int = Field(gt=0)
     tasks: tuple[str, ...] = Field(description="names of the tasks it was trained on")
+    confidence_temperature: float = Field(1.0, gt=0, description="confidences are taken to the power of its inverse")
 
 
 @dataclass(frozen=True)

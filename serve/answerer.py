@@ -1,0 +1,252 @@
+"""Files and instructions in, answers out: a recording is listened to once, and any number of questions asked of it."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from serve.answer import Answer, Failure, SpanAnswer, assemble
+from serve.engine import Engine, Job, Request
+from serve.kernel import Quantization
+from serve.recording import Recording, Span, listen
+from speechllm.checkpoint import Checkpoint
+from speechllm.errors import InputError
+from speechllm.grammar import Grammars
+from speechllm.options import GREEDY, Options
+from speechllm.prompt import Example, answer_parts, render
+from speechllm.tasks import TASKS, Task, find_task, normalize_instruction, shown
+
+_IDLE_SECONDS = 0.5  # the engine's thread looks so often whether it is to stop
+
+
+class Question:
+    """An instruction about a recording, being answered. Can be read and cancelled from any thread."""
+
+    def __init__(self, answerer: Answerer, recording: Recording, instruction: str, options: Options):
+        self.recording, self.instruction, self.options = recording, instruction, options
+        self.task = find_task(instruction)
+        self._answerer = answerer
+        self._jobs: list[tuple[Span, Job]] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether :meth:`answer` is there."""
+        return all(job.finish for _, job in self._jobs)
+
+    @property
+    def text(self) -> str:
+        """The answer so far, in the order of the recording; once it is done, see :meth:`answer`."""
+        texts = []
+        for _, job in self._jobs:
+            checkpoint = self._answerer.checkpoint
+            texts.append(shown(answer_parts(job.best.ids, checkpoint.vocabulary, checkpoint.text)))
+            if not job.finish:
+                break
+        return " ".join(filter(None, texts))
+
+    def cancel(self) -> None:
+        """Stop; the answer is then what is there."""
+        for _, job in self._jobs:
+            job.cancel()
+
+    def answer(self) -> Answer:
+        """The answer, once it is done. Raises what went wrong in the engine."""
+        assert self.done
+        for _, job in self._jobs:
+            if job.error is not None:
+                raise job.error
+        jobs = [job for _, job in self._jobs]
+        return assemble(
+            self._answerer.checkpoint,
+            self.recording,
+            self.instruction,
+            self.task,
+            self._answerer.reader(self.task, self.options),
+            [
+                SpanAnswer(span, len(job.request.prompt), job.best, job.finish or "cancelled")
+                for span, job in self._jobs
+            ],
+            self.options.min_confidence,
+            {
+                "queue": max((job.queued for job in jobs), default=0.0),
+                "first": min((job.first for job in jobs), default=0.0),
+                "generate": max((job.last for job in jobs), default=0.0),
+            },
+        )
+
+
+class Answerer:
+    """Answers questions about recordings with one checkpoint, up to ``batch_size`` pieces of them at once.
+
+    Raises:
+        InputError: a batch size below 1, or the model cannot be served, see :class:`serve.decoder.Decoder`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, batch_size: int = 16, quantize: Quantization | None = None) -> None:
+        if batch_size < 1:
+            raise InputError(f"the batch size must be 1 or more, not {batch_size}")
+        self.checkpoint = checkpoint
+        self._batch_size = batch_size
+        self._engine = Engine(checkpoint.lm, checkpoint.vocabulary.end, batch_size, quantize)
+        self._grammars = Grammars(checkpoint.vocabulary, checkpoint.text)
+        self._thread: threading.Thread | None = None
+        self._stopping = threading.Event()
+
+    @property
+    def waiting(self) -> int:
+        """Pieces of recordings that have no place in the batch yet."""
+        return self._engine.waiting
+
+    @property
+    def running(self) -> int:
+        """Pieces of recordings being answered."""
+        return self._engine.running
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def listen(self, source: str | Path | bytes, name: str | None = None) -> Recording:
+        """Read, cut and encode a file ("-": standard input), or the contents of one. From any thread.
+
+        Raises InputError when it cannot be read.
+        """
+        return listen(
+            self.checkpoint, source, name or ("the audio given" if isinstance(source, bytes) else str(source))
+        )
+
+    def shot(self, recording: Recording, instruction: str, answer: str) -> Example:
+        """A solved example to put before a question.
+
+        Raises InputError for a recording of no speech, or longer than the model hears at once.
+        """
+        if len(recording.spans) != 1:
+            limit = self.checkpoint.settings.max_audio_seconds
+            raise InputError(f"{recording.name}: as an example it must hold speech, and {limit:g} s of audio at most")
+        return Example(recording.spans[0].codes, normalize_instruction(instruction), answer)
+
+    def reader(self, task: Task | None, options: Options) -> Task:
+        """The task that reads the answers to an instruction; plain text where it is none that the model knows."""
+        known = task is not None and (task.name in self.checkpoint.settings.tasks or bool(options.labels))
+        return task if task is not None and known else TASKS["transcribe"]
+
+    def pose(
+        self,
+        recording: Recording,
+        instruction: str,
+        shots: Sequence[Example] = (),
+        options: Options = GREEDY,
+        on_change: Callable[[Question], None] | None = None,
+    ) -> Question:
+        """Ask something about a recording. The question is answered by the engine's thread, or by :meth:`drive`.
+
+        on_change: called in that thread whenever there is more of the answer, and when it is done.
+        Raises InputError for an instruction, shots or options that cannot be used.
+        """
+        question = Question(self, recording, normalize_instruction(instruction), options)
+        requests = [(span, self._request(span, question, shots)) for span in recording.spans]
+        told = (lambda: on_change(question)) if on_change else None
+        for span, request in requests:
+            # all of them are in line before the first can end, so that a question is not done too early
+            question._jobs.append((span, self._engine.prepare(request, told)))
+        for _, job in question._jobs:
+            self._engine.submit(job)
+        return question
+
+    def ask(
+        self,
+        files: Sequence[str],
+        instructions: str | Sequence[str],
+        shots: Sequence[Example] = (),
+        options: Options = GREEDY,
+    ) -> Iterator[Answer | Failure]:
+        """For each file an answer to each instruction, in the order given, as soon as it and those before it are there.
+
+        files: paths, or "-" for standard input. A file that cannot be answered gives one Failure; the others are
+        answered. No more than one file's audio is held in memory at a time.
+        Raises InputError for instructions, shots or options that cannot be used, before any file is read.
+        """
+        asked = [instructions] if isinstance(instructions, str) else list(instructions)
+        nothing = Span(0.0, 0.0, torch.zeros(self.checkpoint.vocabulary.n_q, 0, dtype=torch.int64))
+        for instruction in asked:
+            blank = Recording("", 0.0, 0.0, (), "", {})
+            request = self._request(nothing, Question(self, blank, normalize_instruction(instruction), options), shots)
+            self._engine.prepare(request)
+        return self._answers(files, asked, shots, options)
+
+    def _answers(
+        self, files: Sequence[str], instructions: Sequence[str], shots: Sequence[Example], options: Options
+    ) -> Iterator[Answer | Failure]:
+        asked: deque[Question | Failure] = deque()  # and not yet given back
+        try:
+            for file in files:
+                try:
+                    recording = self.listen(file)
+                    asked += [self.pose(recording, instruction, shots, options) for instruction in instructions]
+                except InputError as error:
+                    message = str(error)
+                    asked.append(Failure(file, message if file in message else f"{file}: {message}"))
+                while self.waiting + self.running >= self._batch_size:
+                    self.drive()
+                yield from _finished(asked)
+            while asked:
+                self.drive()
+                yield from _finished(asked)
+        finally:  # nobody waits for the rest
+            for question in asked:
+                if isinstance(question, Question):
+                    question.cancel()
+
+    def drive(self) -> None:
+        """Let the engine do a step, or wait a moment for its thread."""
+        if self.alive:
+            self._stopping.wait(0.001)
+        else:
+            self._engine.step()
+
+    def start(self) -> None:
+        """Answer questions in a thread of the engine's own, until :meth:`stop`."""
+        assert self._thread is None
+        self._stopping.clear()
+        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the engine's thread; questions that are not answered are cancelled."""
+        assert self._thread is not None
+        self._stopping.set()
+        self._thread.join()
+        self._thread = None
+
+    def _serve(self) -> None:
+        while not self._stopping.is_set():
+            if self._engine.wait(_IDLE_SECONDS):
+                self._engine.step()
+        self._engine.cancel_all()
+
+    def _request(self, span: Span, question: Question, shots: Sequence[Example]) -> Request:
+        checkpoint, options = self.checkpoint, question.options
+        example = Example(span.codes, question.instruction)
+        before = render(shots[-1], checkpoint.vocabulary, checkpoint.text, shots[:-1]).ids if shots else torch.empty(0)
+        prompt = render(example, checkpoint.vocabulary, checkpoint.text, shots).ids
+        heard = len(before) + 2 + len(checkpoint.vocabulary.audio_ids(span.codes))  # and the marks around it
+        known = question.task if self.reader(question.task, options) is question.task else None
+        return Request(
+            prompt=prompt,
+            grammar=self._grammars.of(known, span.seconds, options.labels),
+            max_tokens=checkpoint.settings.max_answer_tokens,
+            options=options,
+            shared=tuple(filter(None, (len(before), heard))),
+        )
+
+
+def _finished(asked: deque[Question | Failure]) -> Iterator[Answer | Failure]:
+    """Takes from the left what is answered, up to the first question that is not."""
+    while asked and (isinstance(asked[0], Failure) or asked[0].done):
+        first = asked.popleft()
+        yield first if isinstance(first, Failure) else first.answer()
