@@ -10,6 +10,7 @@ from typing import Any, Literal
 from serve.recording import Recording, Span
 from serve.search import Finish, Hypothesis
 from speechllm.checkpoint import Checkpoint
+from speechllm.errors import InputError
 from speechllm.prompt import answer_parts
 from speechllm.tasks import Parts, Segment, Task, Time
 from speechllm.tasks.labels import Label
@@ -83,6 +84,12 @@ class Failure:
 
     file: str
     error: str
+
+    @staticmethod
+    def of(file: str, error: InputError) -> Failure:
+        """The error, with the file's name if it does not say it."""
+        message = str(error)
+        return Failure(file, message if file in message else f"{file}: {message}")
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""

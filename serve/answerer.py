@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from serve.answer import Answer, Failure, SpanAnswer, assemble
+from serve.answer import Answer, Failure, SpanAnswer, assemble, moved
 from serve.engine import Engine, Job, Request
 from serve.kernel import Quantization
 from serve.recording import Recording, Span, listen
@@ -41,9 +41,10 @@ class Question:
     def text(self) -> str:
         """The answer so far, in the order of the recording; once it is done, see :meth:`answer`."""
         texts = []
-        for _, job in self._jobs:
-            checkpoint = self._answerer.checkpoint
-            texts.append(shown(answer_parts(job.best.ids, checkpoint.vocabulary, checkpoint.text)))
+        checkpoint = self._answerer.checkpoint
+        for span, job in self._jobs:
+            parts = answer_parts(job.best.ids, checkpoint.vocabulary, checkpoint.text)
+            texts.append(shown(moved(parts, span.start)))
             if not job.finish:
                 break
         return " ".join(filter(None, texts))
@@ -189,8 +190,7 @@ class Answerer:
                     recording = self.listen(file)
                     asked += [self.pose(recording, instruction, shots, options) for instruction in instructions]
                 except InputError as error:
-                    message = str(error)
-                    asked.append(Failure(file, message if file in message else f"{file}: {message}"))
+                    asked.append(Failure.of(file, error))
                 while self.waiting + self.running >= self._batch_size:
                     self.drive()
                 yield from _finished(asked)

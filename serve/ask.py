@@ -1,0 +1,154 @@
+"""`speechllm ask`: what it takes. What is done with it is in serve.answerer, how it is shown in serve.printing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+
+from serve.formats import Format
+from serve.inputs import STDIN, collect, parse_shot, record
+from serve.loading import (
+    AdapterOption,
+    BatchOption,
+    Device,
+    DeviceOption,
+    ModelOption,
+    QuantizeOption,
+    make_answerer,
+)
+from serve.plain_errors import USER_ERROR, plain_errors
+from speechllm.errors import InputError
+from speechllm.options import Options
+
+
+def ask(
+    instruction: Annotated[
+        str, typer.Argument(metavar="INSTRUCTION", help='What to do, e.g. "Translate this audio to German".')
+    ],
+    audio: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="AUDIO", help="Files (wav, flac, ogg, opus, mp3), folders of them, patterns; - is standard input."
+        ),
+    ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(metavar="INSTRUCTION", help="Another question about the same audio, heard once. Repeatable."),
+    ] = None,
+    shots: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompt file: solved examples, and the labels there are.")
+    ] = None,
+    shot: Annotated[
+        list[str] | None,
+        typer.Option(metavar="AUDIO=ANSWER", help="A solved example of the instruction. Repeatable."),
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="One of the answers there are. Repeatable.")
+    ] = None,
+    format: Annotated[Format, typer.Option("--format", "-f", help="How answers are written.")] = Format.text,
+    output_dir: Annotated[
+        Path | None, typer.Option("--output-dir", "-o", metavar="FOLDER", help="Write a file for each one asked about.")
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print words as they come.")] = False,
+    microphone: Annotated[bool, typer.Option("--microphone", help="Record first, until Enter is pressed.")] = False,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    device: DeviceOption = Device.auto,
+    quantize: QuantizeOption = None,
+    batch: BatchOption = 16,
+    beams: Annotated[int, typer.Option(help="Hypotheses kept side by side.")] = 1,
+    temperature: Annotated[float, typer.Option(help="Above 0, words are drawn at random.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that have this probability together.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer about a piece of audio; without it, the checkpoint's.")
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Take what is there by then.")] = None,
+    min_confidence: Annotated[float, typer.Option(help="Withhold answers that are less sure (0 to 1).")] = 0.0,
+    fallback: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Checkpoint that is asked where an answer was withheld.")
+    ] = None,
+) -> None:
+    """Ask something about audio files.
+
+    Answers go to standard output, in the order of the files. Audio longer than the model was
+    trained on is cut at pauses and answered piece by piece, to the end.
+
+    Exit code: 0 when every file was answered; 2 when one was not (the others still are), or the command cannot be
+    used as given; 130 when interrupted, 141 when nobody reads the answers.
+
+    \b
+    Examples:
+      speechllm ask "Transcribe this audio" a.wav b.mp3
+      speechllm ask "Transcribe this audio" --also "Translate this audio to German" a.wav
+      speechllm ask "Transcribe this audio" recordings/ --format srt --output-dir subtitles
+      speechllm ask "Is the speaker angry?" --shot calm.wav=no --shot row.wav=yes new.wav
+      ffmpeg -i talk.mp4 -f wav - | speechllm ask "Transcribe this audio" -
+    """
+    with plain_errors(), TemporaryDirectory() as folder:
+        instructions = [instruction, *(also or ())]
+        _check(audio, instructions, microphone, stream, format, output_dir, fallback)
+        files = [_recorded(folder)] if microphone else collect(audio or ())
+        from serve.answer import Failure
+        from serve.printing import Printer, remark, second_tries, streamed, warn, with_progress
+        from speechllm.prompt_file import read_prompt_file
+
+        prompt = read_prompt_file(shots) if shots else None
+        labels = tuple(label or ()) or (prompt.labels if prompt else ())
+        options = Options(temperature, top_p, seed, beams, max_tokens, timeout, min_confidence, labels)
+        answerer = make_answerer(model, device, adapter, batch, quantize)
+        second = make_answerer(fallback, device, None, batch, quantize) if fallback else None
+        warn(answerer, instructions, options)
+        solved = [(str(path), prompt.instruction, answer) for path, answer in prompt.shots] if prompt else []
+        solved += [(path, instruction, answer) for path, answer in map(parse_shot, shot or ())]
+        examples = [answerer.shot(answerer.listen(path), asked, answer) for path, asked, answer in solved]
+        if stream:
+            answers = streamed(answerer, files, instructions, examples, options)
+        else:
+            answers = with_progress(answerer.ask(files, instructions, examples, options), len(files))
+        if second:
+            answers = second_tries(answers, second, options)
+        limit = options.max_tokens or answerer.checkpoint.settings.max_answer_tokens
+        failed = False
+        printer = Printer(format, files, len(instructions), output_dir, silent=stream)
+        for answer in answers:
+            failed = failed or isinstance(answer, Failure)
+            remark(answer, format, limit)
+            printer.take(answer)
+        if failed:
+            raise typer.Exit(USER_ERROR)
+
+
+def _check(
+    audio: Sequence[str] | None,
+    instructions: Sequence[str],
+    microphone: bool,
+    stream: bool,
+    format: Format,
+    output_dir: Path | None,
+    fallback: Path | None,
+) -> None:
+    """Raises InputError for what does not go together."""
+    several = len(instructions) > 1 and format not in (Format.text, Format.json)
+    for wrong, message in (
+        (microphone and audio, "--microphone: there are files to ask about too; leave one of them out"),
+        (not microphone and not audio, "no audio: name files or folders, - for standard input, or use --microphone"),
+        (stream and format is not Format.text, f"--stream prints words as they come: not as {format.value}"),
+        (stream and output_dir, "--stream prints words as they come: leave --output-dir out"),
+        (stream and fallback, "--stream shows answers before they are judged: leave --fallback out"),
+        (several, f"--format {format.value} has room for one answer: leave --also out, or use json"),
+        (fallback and STDIN in (audio or ()), "--fallback: standard input cannot be heard twice; name a file"),
+    ):
+        if wrong:
+            raise InputError(message)
+
+
+def _recorded(folder: str) -> str:
+    """What the microphone hears, as a file."""
+    path = Path(folder, "microphone.wav")
+    path.write_bytes(record())
+    return str(path)
