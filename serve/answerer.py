@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from serve.answer import Answer, Failure, SpanAnswer, assemble, moved
-from serve.engine import Engine, Job, Request
+from serve.engine import Backend, Engine, Job, Request
 from serve.kernel import Quantization
 from serve.recording import Recording, Span, listen
 from speechllm.checkpoint import Checkpoint
@@ -83,16 +83,24 @@ class Question:
 class Answerer:
     """Answers questions about recordings with one checkpoint, up to ``batch_size`` pieces of them at once.
 
+    backend: what decodes, if not an engine here; ``quantize`` is then not used.
+
     Raises:
         InputError: a batch size below 1, or the model cannot be served, see :class:`serve.decoder.Decoder`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, batch_size: int = 16, quantize: Quantization | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        batch_size: int = 16,
+        quantize: Quantization | None = None,
+        backend: Backend | None = None,
+    ) -> None:
         if batch_size < 1:
             raise InputError(f"the batch size must be 1 or more, not {batch_size}")
         self.checkpoint = checkpoint
         self._batch_size = batch_size
-        self._engine = Engine(checkpoint.lm, checkpoint.vocabulary.end, batch_size, quantize)
+        self._engine = backend or Engine(checkpoint.lm, checkpoint.vocabulary.end, batch_size, quantize)
         self._grammars = Grammars(checkpoint.vocabulary, checkpoint.text)
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()

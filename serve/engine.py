@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -88,6 +89,37 @@ class Job:
         self.last, self.error, self.finish = self.age, error, finish
         if self._on_change:
             self._on_change()
+
+
+class Backend(Protocol):
+    """What answers requests: the engine here, or a server of the same model somewhere else."""
+
+    @property
+    def positions(self) -> int:
+        """The longest prompt and answer together, in ids."""
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no place in the batch yet."""
+
+    @property
+    def running(self) -> int:
+        """Requests being answered."""
+
+    def prepare(self, request: Request, on_change: Callable[[], None] | None = None) -> Job:
+        """The job of a request, to be submitted; InputError where it cannot be answered."""
+
+    def submit(self, job: Job) -> None:
+        """Put a job in line; from any thread."""
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for a request, at most so long; whether there is anything to do."""
+
+    def step(self) -> bool:
+        """Do some of the work; whether anything is left to do."""
+
+    def cancel_all(self) -> None:
+        """End all jobs, with what is there."""
 
 
 class Engine:
@@ -202,10 +234,11 @@ class Engine:
             job = self._waiting.popleft()
         job.queued = job.age
         job._slots = [self._free.pop() for _ in range(job._search.width)]
+        self._running.append(job)  # before anything can fail
         logits = self._prefill(job._slots[0], job.request)
         self._advance(job, _log_probs(logits[None], job._search.allowed()))
-        if not job.finish:
-            self._running.append(job)
+        if job.finish:
+            self._running.remove(job)
 
     def _prefill(self, slot: int, request: Request) -> Tensor:
         """Logits ``[vocabulary]`` after the prompt, what is known of it copied."""
@@ -269,7 +302,7 @@ class Engine:
 
     def _abandon(self, error: BaseException | None) -> None:
         with self._work:
-            jobs = [*self._running, *self._waiting]
+            jobs = [job for job in (*self._running, *self._waiting) if not job.finish]
             self._running.clear()
             self._waiting.clear()
         for job in jobs:
