@@ -55,30 +55,20 @@ class Grammars:
         self._masks = _Masks(vocabulary, text)
         self._labels = lru_cache(_CACHED_LABELS)(self._make_labels)
 
-    def of(self, task: Task | None, seconds: float | None = None, labels: Sequence[str] = ()) -> Grammar:
-        """The grammar of answers to an instruction.
+    def of(self, task: Task, seconds: float | None = None) -> Grammar:
+        """The grammar of a task's answers.
 
-        task: what the instruction is a wording of; None, no task known, is answered with plain text.
         seconds: length of the audio asked about: no time is later, but for being rounded up to a mark.
-        labels: the answers there are, instead of the task's own.
 
-        Raises InputError for a label that is no text or, by the task, no answer, and for a task that is answered with
-        marks of time where the vocabulary has none.
+        Raises InputError for a label that is no text, and for a task that is answered with marks of time where the
+        vocabulary has none.
         """
-        if labels:
-            self._check(labels, task)
-            return self._labels(tuple(labels))
         if isinstance(task, Label):
             return self._labels(task.labels)
         if isinstance(task, Timed | VoiceActivity):
             return self._segments(task, seconds)
         # Intents too: names and values are open, and pieces cross the brackets between them.
         return _PlainText(self._masks)
-
-    def _check(self, labels: Sequence[str], task: Task | None) -> None:
-        for label in labels:
-            if task and not isinstance(task, Label) and (faults := task.read((label,)).faults):
-                raise InputError(f"label {label!r} is no answer to the task {task.name} ({faults[0]}): give no labels")
 
     def _make_labels(self, labels: tuple[str, ...]) -> _Labels:
         return _Labels(self._masks, [self._ids(label) for label in labels])

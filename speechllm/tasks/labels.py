@@ -66,6 +66,14 @@ class Label(Task):
 
 
 @dataclass(frozen=True)
+class Choice(Label):
+    """Labels that a caller names: answers are read, and none is known beforehand."""
+
+    def write(self, facts: Facts, argument: str = "") -> Parts | None:
+        return None
+
+
+@dataclass(frozen=True)
 class Trait(Label):
     """A label that a recording has, whatever is asked about it."""
 
