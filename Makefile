@@ -26,7 +26,7 @@ check: .venv/.dev-stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy speechllm train serve
 
-bench: .venv/.dev-stamp
+bench: .venv/.bench-stamp
 	$(BIN)/python -m serve.bench
 	$(BIN)/python -m train.bench
 
@@ -46,4 +46,8 @@ clean:
 
 .venv/.dev-stamp: pyproject.toml | .venv/.venv-stamp
 	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@ .venv/.run-stamp
+
+.venv/.bench-stamp: pyproject.toml | .venv/.venv-stamp
+	$(BIN)/python -m pip install -e '.[bench]'
 	touch $@ .venv/.run-stamp

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from serve.recording import Recording, Span
 from serve.search import Finish, Hypothesis
+from speechllm.audio import STDIN
 from speechllm.checkpoint import Checkpoint
 from speechllm.errors import InputError
 from speechllm.prompt import answer_parts
@@ -43,7 +44,7 @@ class Answer:
     label: the answer's label where the task has labels and all spans agree on it.
     confidence: within [0, 1]; of a label its probability among those there are, of other answers the geometric mean of
         the probabilities of their ids; both to the power of 1 / the checkpoint's ``confidence_temperature``. 1 when
-        the model was not asked.
+        the model was not asked, 0 when it was stopped before it said anything.
     seconds_consumed: what was put before the model or found to hold no speech. Equal to seconds_in: no part of a file
         is passed over.
     finish_reason: "stop"; "length" when the answer of any span was cut at its longest; "repetition" when one said the
@@ -88,8 +89,8 @@ class Failure:
     @staticmethod
     def of(file: str, error: InputError) -> Failure:
         """The error, with the file's name if it does not say it."""
-        message = str(error)
-        return Failure(file, message if file in message else f"{file}: {message}")
+        message, name = str(error), "standard input" if file == STDIN else file
+        return Failure(file, message if name in message else f"{name}: {message}")
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -133,7 +134,8 @@ def assemble(
     for one in spans:
         parts = answer_parts(one.best.ids, checkpoint.vocabulary, checkpoint.text)
         parsed = reader.read(moved(parts, one.span.start))
-        scores += [sum(one.best.logprobs)] if isinstance(reader, Label) else one.best.logprobs
+        chosen = one.best.logprobs
+        scores += [sum(chosen)] if chosen and isinstance(reader, Label) else chosen
         if parsed.text:
             whole.texts.append(parsed.text)
             whole.labels.add(parsed.label)
@@ -141,11 +143,11 @@ def assemble(
             own = [Segment(None, one.span.start, one.span.end, parsed.text)]
             whole.segments += parsed.segments if reader.marks else own
             whole.words += () if isinstance(reader, Label) else words(checkpoint, one.best, one.span.start)
-    confidence = _calibrated(checkpoint, sum(scores) / len(scores)) if scores else 1.0
+    confidence = _calibrated(checkpoint, sum(scores) / len(scores)) if scores else float(not spans)
     worst = next((finish for finish in _WORST if any(one.finish == finish for one in spans)), None)
     reason: FinishReason = worst or ("stop" if whole.texts else "no_speech")
     if confidence < min_confidence:
-        whole, reason = _Whole(), "abstained"
+        whole, reason = _Whole(), reason if reason in ("cancelled", "timeout") else "abstained"
     return Answer(
         file=recording.name,
         instruction=instruction,
@@ -199,7 +201,7 @@ def _spelt(
         inside = [
             log_prob
             for (_, log_prob), before, after in zip(run, [0, *ends], ends, strict=False)
-            if before < begun and after > first
+            if min(before, after - 1) < begun and after > first  # bytes after a character's first add no length
         ]
         yield Word(word, _calibrated(checkpoint, sum(inside)), start, end)
 

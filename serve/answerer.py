@@ -18,7 +18,8 @@ from speechllm.errors import InputError
 from speechllm.grammar import Grammars
 from speechllm.options import GREEDY, Options
 from speechllm.prompt import Example, answer_parts, render
-from speechllm.tasks import TASKS, Task, find_task, normalize_instruction, shown
+from speechllm.tasks import TASKS, Task, find_task, normalize_instruction
+from speechllm.tasks.labels import Choice
 
 _IDLE_SECONDS = 0.5  # the engine's thread looks so often whether it is to stop
 
@@ -41,11 +42,12 @@ class Question:
     def text(self) -> str:
         """The answer so far, in the order of the recording; once it is done, see :meth:`answer`."""
         texts = []
-        checkpoint = self._answerer.checkpoint
+        checkpoint, reader = self._answerer.checkpoint, self._answerer.reader(self.task, self.options)
         for span, job in self._jobs:
+            finish = job.finish  # read first: what is read after it is then the whole
             parts = answer_parts(job.best.ids, checkpoint.vocabulary, checkpoint.text)
-            texts.append(shown(moved(parts, span.start)))
-            if not job.finish:
+            texts.append(reader.read(moved(parts, span.start)).text)
+            if not finish:
                 break
         return " ".join(filter(None, texts))
 
@@ -74,7 +76,7 @@ class Question:
             self.options.min_confidence,
             {
                 "queue": max((job.queued for job in jobs), default=0.0),
-                "first": min((job.first for job in jobs), default=0.0),
+                "first": min((job.first for job in jobs if job.first), default=0.0),
                 "generate": max((job.last for job in jobs), default=0.0),
             },
         )
@@ -140,8 +142,10 @@ class Answerer:
         return Example(recording.spans[0].codes, normalize_instruction(instruction), answer)
 
     def reader(self, task: Task | None, options: Options) -> Task:
-        """The task that reads the answers to an instruction; plain text where it is none that the model knows."""
-        known = task is not None and (task.name in self.checkpoint.settings.tasks or bool(options.labels))
+        """What reads the answers to an instruction; as plain text where it is none that the model knows."""
+        if options.labels:
+            return Choice("choice", "accuracy", (), (), labels=options.labels)
+        known = task is not None and task.name in self.checkpoint.settings.tasks
         return task if task is not None and known else TASKS["transcribe"]
 
     def pose(
@@ -154,18 +158,34 @@ class Answerer:
     ) -> Question:
         """Ask something about a recording. The question is answered by the engine's thread, or by :meth:`drive`.
 
-        on_change: called in that thread whenever there is more of the answer, and when it is done.
+        on_change: called in that thread whenever there is more of the answer, and when it is done; never for a
+        recording of no speech, which is done at once.
         Raises InputError for an instruction, shots or options that cannot be used.
         """
-        question = Question(self, recording, normalize_instruction(instruction), options)
-        requests = [(span, self._request(span, question, shots)) for span in recording.spans]
-        told = (lambda: on_change(question)) if on_change else None
-        for span, request in requests:
-            # all of them are in line before the first can end, so that a question is not done too early
-            question._jobs.append((span, self._engine.prepare(request, told)))
-        for _, job in question._jobs:
-            self._engine.submit(job)
+        question = self._prepare(recording, instruction, shots, options, on_change)
+        self._submit([question])
         return question
+
+    def _prepare(
+        self,
+        recording: Recording,
+        instruction: str,
+        shots: Sequence[Example],
+        options: Options,
+        on_change: Callable[[Question], None] | None = None,
+    ) -> Question:
+        question = Question(self, recording, normalize_instruction(instruction), options)
+        told = (lambda: on_change(question)) if on_change else None
+        for span in recording.spans:
+            job = self._engine.prepare(self._request(span, question, shots), told)
+            question._jobs.append((span, job))
+        return question
+
+    def _submit(self, questions: Sequence[Question]) -> None:
+        """All that is asked about a span at once: the engine has then not yet forgotten it."""
+        for jobs in zip(*(question._jobs for question in questions), strict=True):
+            for _, job in jobs:
+                self._engine.submit(job)
 
     def ask(
         self,
@@ -196,7 +216,10 @@ class Answerer:
             for file in files:
                 try:
                     recording = self.listen(file)
-                    asked += [self.pose(recording, instruction, shots, options) for instruction in instructions]
+                    # of a file that one of them does not fit, none is answered
+                    questions = [self._prepare(recording, text, shots, options) for text in instructions]
+                    self._submit(questions)
+                    asked += questions
                 except InputError as error:
                     asked.append(Failure.of(file, error))
                 while self.waiting + self.running >= self._batch_size:
@@ -206,9 +229,10 @@ class Answerer:
                 self.drive()
                 yield from _finished(asked)
         finally:  # nobody waits for the rest
-            for question in asked:
-                if isinstance(question, Question):
-                    question.cancel()
+            for one in asked:
+                if isinstance(one, Question):
+                    one.cancel()
+            self.drive()
 
     def drive(self) -> None:
         """Let the engine do a step, or wait a moment for its thread."""
@@ -230,12 +254,12 @@ class Answerer:
         self._stopping.set()
         self._thread.join()
         self._thread = None
+        self._engine.cancel_all()
 
     def _serve(self) -> None:
         while not self._stopping.is_set():
             if self._engine.wait(_IDLE_SECONDS):
                 self._engine.step()
-        self._engine.cancel_all()
 
     def _request(self, span: Span, question: Question, shots: Sequence[Example]) -> Request:
         checkpoint, options = self.checkpoint, question.options
@@ -243,10 +267,10 @@ class Answerer:
         before = render(shots[-1], checkpoint.vocabulary, checkpoint.text, shots[:-1]).ids if shots else torch.empty(0)
         prompt = render(example, checkpoint.vocabulary, checkpoint.text, shots).ids
         heard = len(before) + 2 + len(checkpoint.vocabulary.audio_ids(span.codes))  # and the marks around it
-        known = question.task if self.reader(question.task, options) is question.task else None
+        reader = self.reader(question.task, options)
         return Request(
             prompt=prompt,
-            grammar=self._grammars.of(known, span.seconds, options.labels),
+            grammar=self._grammars.of(reader, span.seconds),
             max_tokens=checkpoint.settings.max_answer_tokens,
             options=options,
             shared=tuple(filter(None, (len(before), heard))),

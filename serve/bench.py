@@ -1,174 +1,144 @@
-"""How fast answers are made on this machine: `python -m serve.bench`.
+"""How fast answers are made on this machine: ``python -m serve.bench``.
 
-Two things are timed, with one warm-up each: our `generate` against Hugging Face's on the same prompts, taking turns,
-and the whole path from files to answers. Ratios carry over to other machines; seconds do not.
+Everything is measured beside what it is compared with, in one run: the ways take turns, and their medians count. Ratios
+carry over to other machines; seconds do not.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import statistics
 import sys
-import time
+import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import torch
+import transformers
 import typer
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 
-from serve.answer import Answer, Answerer
-from speechllm.audio import read_audio
-from speechllm.checkpoint import DEFAULT, Checkpoint, load_checkpoint
+from serve.bench_peers import make_peers, versions
+from serve.bench_report import HUGGING_FACE, OURS, write_report
+from serve.bench_runs import Clips, Decoding, ask_program, compare, latency, several_questions, throughput
+from serve.plain_errors import complain, plain_errors
+from speechllm.checkpoint import DEFAULT, load_checkpoint
 from speechllm.errors import InputError
-from speechllm.generate import generate
-from speechllm.prompt import Example, render
+from speechllm.grammar import Grammars
+from speechllm.tasks import TASKS
 
-CLIPS = Path(__file__).resolve().parent.parent / "prompts" / "clips"
-INSTRUCTION = "Transcribe this audio"
-BATCHES = (1, 8)
+DIFFERENT = 1  # exit code
 
 
-def _ours(checkpoint: Checkpoint, prompts: Sequence[Tensor]) -> list[list[int]]:
-    vocabulary, limit = checkpoint.vocabulary, checkpoint.settings.max_answer_tokens
-    completions = generate(checkpoint.lm, prompts, end_id=vocabulary.end, pad_id=vocabulary.pad, max_new_tokens=limit)
-    return [completion.ids for completion in completions]
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured.
+
+    lengths: of single clips, seconds. batches: prompts decoded together. concurrent: clips answered at once.
+    questions: about one clip. peer_clips: short ones that the others answer too.
+    """
+
+    lengths: Sequence[float]
+    batches: Sequence[int]
+    concurrent: Sequence[int]
+    questions: Sequence[int]
+    peer_clips: int
 
 
-@torch.inference_mode()
-def _hugging_face(checkpoint: Checkpoint, prompts: Sequence[Tensor]) -> list[list[int]]:
-    """The same greedy answers by `lm.generate`, without the end id."""
-    lm: Any = checkpoint.lm
-    vocabulary = checkpoint.vocabulary
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), longest), vocabulary.pad)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = prompt
-        mask[row, longest - len(prompt) :] = 1
-    mixture = {"output_router_logits": False} if hasattr(lm.config, "output_router_logits") else {}
-    output = lm.generate(
-        input_ids=ids.to(lm.device),
-        attention_mask=mask.to(lm.device),
-        do_sample=False,
-        max_new_tokens=checkpoint.settings.max_answer_tokens,
-        eos_token_id=vocabulary.end,
-        pad_token_id=vocabulary.pad,
-        **mixture,  # its generate fails where a Mixtral returns these
-    )
-    rows = output[:, longest:].tolist()
-    return [row[: row.index(vocabulary.end)] if vocabulary.end in row else row for row in rows]
+FULL = Scale((1.0, 5.0, 30.0), (1, 4, 16), (1, 4, 16, 64), (1, 2, 4, 8), 8)
+QUICK = Scale((1.0, 5.0), (1, 4), (1, 4), (1, 2), 2)
 
 
-def compare_generate(checkpoint: Checkpoint, prompts: Sequence[Tensor], repeats: int) -> dict[str, Any]:
-    """Median seconds of both for one batch, their ratio, and how many of the answers are the same, id for id."""
-    ours, theirs = _ours(checkpoint, prompts), _hugging_face(checkpoint, prompts)
-    seconds: dict[str, list[float]] = {"ours": [], "hugging_face": []}
-    for _ in range(repeats):
-        for name, answer in (("ours", _ours), ("hugging_face", _hugging_face)):
-            started = time.perf_counter()
-            answer(checkpoint, prompts)
-            seconds[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return {
-        "batch": len(prompts),
-        "prompt_ids": sum(len(prompt) for prompt in prompts),
-        "answer_ids": sum(len(ids) for ids in ours),
-        "ours_seconds": medians["ours"],
-        "hugging_face_seconds": medians["hugging_face"],
-        "ratio": medians["hugging_face"] / medians["ours"],
-        "same_answers": sum(a == b for a, b in zip(ours, theirs, strict=True)),
-    }
-
-
-def time_path(checkpoint: Checkpoint, files: Sequence[str], batch: int, repeats: int) -> dict[str, Any]:
-    """Median seconds from files to answers, and the real-time factor: seconds of work per second of audio."""
-    answerer = Answerer(checkpoint, batch)
-    seconds: list[float] = []
-    audio = 0.0
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        answers = list(answerer.ask(files, INSTRUCTION))
-        seconds.append(time.perf_counter() - started)
-        for answer in answers:
-            if not isinstance(answer, Answer):
-                raise InputError(answer.error)
-        audio = sum(answer.seconds_in for answer in answers if isinstance(answer, Answer))
-    median = statistics.median(seconds[1:])
-    return {
-        "batch": batch,
-        "files": len(files),
-        "audio_seconds": audio,
-        "seconds": median,
-        "real_time_factor": median / audio,
-    }
-
-
-def measure(checkpoint: Checkpoint, files: Sequence[str], repeats: int) -> dict[str, Any]:
-    """All measurements, ready for JSON. Raises InputError when a file cannot be answered."""
-    rate, vocabulary = checkpoint.codec.sample_rate, checkpoint.vocabulary
-    limit = int(checkpoint.settings.max_audio_seconds * rate)
-    prompts = []
-    for index in range(max(BATCHES)):  # fewer clips than that are used again
-        codes = checkpoint.encode(read_audio(files[index % len(files)], rate)[:, :limit])
-        prompts.append(render(Example(codes, INSTRUCTION), vocabulary, checkpoint.text).ids)
+def measure(model: Path, folder: Path, scale: Scale, repeats: int, threads: int) -> dict[str, Any]:
+    """All of it, ready for JSON; the clips are written to ``folder``. Raises InputError for a model that has faults."""
+    torch.set_num_threads(threads)
+    machine = _machine(threads)  # before there is work
+    turns = repeats + 1
+    checkpoint, clips = load_checkpoint(model), Clips(folder)
+    grammar = Grammars(checkpoint.vocabulary, checkpoint.text).of(TASKS["transcribe"])
+    _say("decoding")
+    prompts = [clips.next(4 + 0.1 * number) for number in range(max(scale.batches))]
+    decoding = Decoding(checkpoint, grammar, prompts)
+    # a difference of two times is told, so there are more of them; they are short
+    batches = [decoding.measure(batch, 3 * repeats + 1) for batch in scale.batches]
+    _say("from files to answers")
+    latencies = [latency(checkpoint, clips, seconds, turns) for seconds in scale.lengths]
+    throughputs = throughput(checkpoint, clips, scale.concurrent, turns)
+    questions = several_questions(checkpoint, clips, scale.questions, turns)
+    _say("speechllm ask")
+    starts = [ask_program([clips.next(5.0)], model, 1, threads) for _ in range(turns)]
+    most = max(scale.concurrent)
+    _, megabytes = ask_program(clips.short(most), model, most, threads)
+    _say("others")
+    peers, missing = make_peers(threads)
+    decoding.hugging_face.use(batches[0]["experts"])
+    peers = {HUGGING_FACE: decoding.hugging_face, **peers}
     return {
         "checkpoint": checkpoint.settings.name,
-        "machine": platform.machine(),
-        "device": str(checkpoint.lm.device),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "machine": machine,
         "repeats": repeats,
-        "generate": [compare_generate(checkpoint, prompts[:batch], repeats) for batch in BATCHES],
-        "path": [time_path(checkpoint, files, batch, repeats) for batch in BATCHES],
+        "compiled": decoding.engines[OURS].compiled,
+        "decoding": batches,
+        "latency": latencies,
+        "throughput": throughputs,
+        "questions": questions,
+        "cold_start": median(first for first, _ in starts[1:]),
+        "megabytes": {1: starts[0][1], most: megabytes},
+        "peers": compare(checkpoint, clips, peers, scale.lengths, scale.peer_clips, turns),
+        "computes": {name: peer.computes for name, peer in peers.items()},
+        "missing": missing,
     }
 
 
-def _show(result: dict[str, Any]) -> None:
-    console = Console()
-    title = f"{result['checkpoint']} on {result['device']}, {result['threads']} threads"
-    table = Table("batch", "ours (s)", "Hugging Face (s)", "times faster", "same answers", title=title)
-    for row in result["generate"]:
-        values = (f"{row[name]:.3f}" for name in ("ours_seconds", "hugging_face_seconds"))
-        table.add_row(str(row["batch"]), *values, f"{row['ratio']:.2f}", f"{row['same_answers']} of {row['batch']}")
-    console.print(table)
-    table = Table("batch", "files", "audio (s)", "seconds", "real-time factor", title="from files to answers")
-    for row in result["path"]:
-        values = (f"{row[name]:.3f}" for name in ("audio_seconds", "seconds", "real_time_factor"))
-        table.add_row(str(row["batch"]), str(row["files"]), *values)
-    console.print(table)
+def _machine(threads: int) -> dict[str, Any]:
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        **versions(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.processor() or platform.machine())
+
+
+def _say(what: str) -> None:
+    print(f"measuring: {what}", file=sys.stderr, flush=True)
 
 
 def main(
-    audio: Annotated[list[str] | None, typer.Argument(help="audio files; without any, the repository's clips")] = None,
+    out: Annotated[Path, typer.Option(help="folder for bench.md, bench.json and bench.png")] = Path("runs/bench_serve"),
+    repeats: Annotated[int, typer.Option(min=1, help="timed turns of each way; their median counts")] = 3,
+    threads: Annotated[int, typer.Option(min=1, help="of every program measured")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="less of everything: to see that it runs")] = False,
     model: Annotated[Path, typer.Option(help="checkpoint folder")] = DEFAULT,
-    repeats: Annotated[int, typer.Option(min=1, help="timed runs of each; their median counts")] = 5,
-    out: Annotated[Path | None, typer.Option(help="write the measurements to this JSON file too")] = None,
 ) -> None:
-    """Time the engine against Hugging Face's generate, and the whole path. Exit code 1 when the answers differ."""
-    try:
-        files = audio or sorted(str(path) for path in CLIPS.glob("*.wav"))
-        if not files:
-            raise InputError(f"{CLIPS}: no clips here; name audio files to measure with")
-        result = measure(load_checkpoint(model), files, repeats)
-        _show(result)
-        if out is not None:
-            try:
-                out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            except OSError as error:
-                raise InputError(f"{out}: cannot be written ({error.strerror})") from error
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
-    if any(row["same_answers"] != row["batch"] for row in result["generate"]):
-        print("error: our answers and Hugging Face's differ", file=sys.stderr)
-        raise typer.Exit(1)
+    """Time answering, from files to words, beside other programs.
+
+    Exit code 1 when answers are not those of Hugging Face's generate.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with plain_errors(), tempfile.TemporaryDirectory() as folder:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {out}: cannot be made ({error.strerror})") from error
+        result = measure(model, Path(folder), QUICK if quick else FULL, repeats, threads)
+        print(write_report(out, result))
+        if any(row["ways"][OURS]["same_answers"] < row["batch"] for row in result["decoding"]):
+            complain("error: our answers and those of Hugging Face's generate differ")
+            raise typer.Exit(DIFFERENT)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from serve.ask import ask
 from serve.codes import app as codes_app
 from serve.loading import Device, ModelOption, load
 from serve.plain_errors import plain_errors
+from serve.server import serve
 from speechllm import __version__
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ def _options(
 
 
 app.command()(ask)
+app.command()(serve)
 
 
 @app.command()

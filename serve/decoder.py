@@ -14,6 +14,7 @@ from transformers import Cache, PreTrainedModel
 
 from serve.kernel import Kernel, Quantization, dequantized, fits, head_dim
 from speechllm.errors import InputError
+from speechllm.model import SDPA
 
 MAX_POSITIONS = 8192  # of a sequence, where a model has more: each slot takes memory for all of its positions
 SHORT = 32  # ids that the kernel takes in sooner than the model's own forward pass
@@ -34,6 +35,7 @@ class Decoder:
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
             raise InputError(f"a {config.model_type} with windows of attention cannot be served: use one without")
+        lm.set_attn_implementation(SDPA)  # others take no bool mask, or none at all
         self.positions = min(config.max_position_embeddings, MAX_POSITIONS)
         self.lengths = [0] * slots
         # transformers' generate of a Mixtral fails where it returns these

@@ -91,6 +91,10 @@ class Job:
             self._on_change()
 
 
+class BackendError(InputError):
+    """What answers cannot be reached or does not answer as it must: no fault of the question's. One line."""
+
+
 class Backend(Protocol):
     """What answers requests: the engine here, or a server of the same model somewhere else."""
 
@@ -125,7 +129,7 @@ class Backend(Protocol):
 class Engine:
     """One language model, up to ``batch_size`` hypotheses decoded together.
 
-    :meth:`submit` is called by any thread, what does the work by one.
+    Any thread may call any method; one at a time does the work.
 
     Raises:
         InputError: the model cannot be served, see :class:`Decoder`.
@@ -143,6 +147,7 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._work = threading.Condition()
+        self._stepping = threading.RLock()
 
     @property
     def positions(self) -> int:
@@ -173,12 +178,7 @@ class Engine:
             InputError: prompt and answer exceed the positions there are, or it asks for more beams than fit the batch.
         """
         search = make_search(request.grammar, self._end_id, request.max_tokens, request.options)
-        room = self.positions - search.max_tokens
-        if len(request.prompt) > room:
-            raise InputError(
-                f"a prompt of {len(request.prompt)} ids exceeds the {room} the model has room for: "
-                "use fewer or shorter shots, a shorter instruction or a shorter answer"
-            )
+        check_room(request, search, self.positions)
         if search.width > self._batch_size:
             raise InputError(
                 f"{search.width} beams do not fit a batch of {self._batch_size}: use fewer, or a larger one"
@@ -193,7 +193,8 @@ class Engine:
 
     def cancel_all(self) -> None:
         """End all jobs, with what is there."""
-        self._abandon(None)
+        with self._stepping:
+            self._abandon(None)
 
     def wait(self, seconds: float) -> bool:
         """Wait for a request, at most so long; whether there is anything to do."""
@@ -205,13 +206,14 @@ class Engine:
 
         Whatever fails ends all jobs with the error before it is raised.
         """
-        try:
-            self._drop_stopped()
-            self._admit()
-            self._decode()
-        except BaseException as error:
-            self._abandon(error)
-            raise
+        with self._stepping:
+            try:
+                self._drop_stopped()
+                self._admit()
+                self._decode()
+            except BaseException as error:
+                self._abandon(error)
+                raise
         return bool(self._waiting or self._running)
 
     def _drop_stopped(self) -> None:
@@ -308,6 +310,16 @@ class Engine:
         for job in jobs:
             self._leave(job)
             job._finish("cancelled", error)
+
+
+def check_room(request: Request, search: Search, positions: int) -> None:
+    """Raises InputError where prompt and longest answer together exceed the positions there are."""
+    room = positions - search.max_tokens
+    if len(request.prompt) > room:
+        raise InputError(
+            f"a prompt of {len(request.prompt)} ids exceeds the {room} the model has room for: "
+            "use fewer or shorter shots, a shorter instruction or a shorter answer"
+        )
 
 
 def _log_probs(logits: Tensor, allowed: list[Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -200,24 +201,29 @@ def build() -> ctypes.CDLL | None:
 
     The file's name holds a hash of the source, the flags and the processor, so that none is used for another.
     """
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     key = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, _processor())).encode()).hexdigest()[:16]
-    for folder in (Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "speechllm", None):
-        try:
-            if folder is None:  # a home that cannot be written to: for this process alone
-                folder = Path(tempfile.mkdtemp(prefix="speechllm-"))
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path = folder / f"kernel-{key}.so"
-            if not path.exists():
-                if compiler is None:
-                    return None
-                new = path.with_suffix(f".{os.getpid()}")
-                subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(new)], check=True, capture_output=True)
-                new.replace(path)
-            return ctypes.CDLL(str(path))
-        except (OSError, subprocess.CalledProcessError):
-            continue
+    failures = (OSError, RuntimeError, subprocess.CalledProcessError)  # RuntimeError: there is no home
+    with suppress(*failures):
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        return _compiled(home / "speechllm" / f"kernel-{key}.so")
+    # a home that cannot be written to: for this process alone
+    with suppress(*failures), tempfile.TemporaryDirectory(prefix="speechllm-") as folder:
+        return _compiled(Path(folder) / "kernel.so")
     return None
+
+
+def _compiled(path: Path) -> ctypes.CDLL:
+    """The kernel from a file, compiled where it is not there yet. Others may do the same at the same time."""
+    if not path.exists():
+        compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+        if compiler is None:
+            raise FileNotFoundError("no C++ compiler")
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            new = Path(folder) / path.name
+            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(new)], check=True, capture_output=True)
+            new.replace(path)
+    return ctypes.CDLL(str(path))
 
 
 def _processor() -> str:

@@ -70,7 +70,7 @@ def listen(checkpoint: Checkpoint, source: str | Path | bytes, name: str) -> Rec
         seconds=to_seconds(total, rate),
         consumed=to_seconds(total - missed, rate),
         spans=tuple(spans),
-        key=hashlib.sha256(wav.numpy().tobytes()).hexdigest(),
+        key=hashlib.sha256(wav.numpy().data).hexdigest(),
         timings={"read": read - started, "encode": time.perf_counter() - read},
     )
 

@@ -93,13 +93,14 @@ class Single(Search):
         return [0] * len(self.hypotheses)
 
     def _draw(self, log_probs: Tensor) -> int:
-        probs, ids = (log_probs.cpu() / self._options.temperature).softmax(-1).sort(descending=True, stable=True)
+        below = (log_probs - log_probs.max()).cpu().double()  # the likeliest stays 0 at any temperature
+        probs, ids = (below / self._options.temperature).softmax(-1).sort(descending=True, stable=True)
         kept = probs.cumsum(0) - probs < self._options.top_p  # the first is always among them
         return int(ids[torch.multinomial(probs * kept, 1, generator=self._generator)])
 
 
 class Beams(Search):
-    """Beam search: the ``width`` likeliest hypotheses; of those that end, the likeliest by id."""
+    """Beam search: the ``width`` likeliest hypotheses go on, until one that has ended is likelier by id than each."""
 
     def __init__(self, grammar: Grammar, end_id: int, max_tokens: int, width: int):
         super().__init__(grammar, end_id, max_tokens)
@@ -121,14 +122,14 @@ class Beams(Search):
             elif self._ended is None or hypothesis.score > self._ended.score:
                 self._ended = hypothesis
         self.hypotheses = [hypothesis for _, hypothesis in grown]
-        ended, going = self._ended, max((h.score for h in self.hypotheses), default=-math.inf)
-        self.best = ended or max(self.hypotheses, key=lambda hypothesis: hypothesis.score)
-        if ended is not None and ended.score >= going:
+        ended = [self._ended] if self._ended else []
+        self.best = max((*ended, *self.hypotheses), key=lambda hypothesis: hypothesis.score)
+        if self.best is self._ended:
             self._finish("stop")
-        elif len(self.hypotheses[0].ids) == self.max_tokens:
-            self._finish("stop" if ended else "length")
-        elif repeated(self.hypotheses[0].ids):
-            self._finish("stop" if ended else "repetition")
+        elif len(self.best.ids) == self.max_tokens:
+            self._finish("length")
+        elif repeated(self.best.ids):
+            self._finish("repetition")
         return [row for row, _ in grown] if self.hypotheses else []
 
 

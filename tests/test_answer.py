@@ -1,217 +1,207 @@
-"""Files and an instruction in, answers out: in order, whole, and with nothing hidden."""
+"""An answer is put together from those about the pieces of a recording: nothing is hidden, nothing counted twice."""
 
+import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
-from conftest import require_engine
-from test_text import byte_level
 
-from serve.answer import Answer, Answerer, Failure
-from speechllm.audio import read_audio
+from serve.answer import Answer, Failure, SpanAnswer, assemble
+from serve.recording import Recording, Span
+from serve.search import Finish, Hypothesis
 from speechllm.checkpoint import Checkpoint, load_checkpoint
-from speechllm.data.synthesis import SAMPLE_RATE, VOICES, speak
 from speechllm.errors import InputError
-from speechllm.model import ModelConfig, make_model
-from speechllm.prompt import Example, labels, render
-from speechllm.text import HuggingFaceTokenizer
+from speechllm.prompt import Example, render
+from speechllm.tasks import TASKS, Part, Segment, Speaker, Task, Time
+from speechllm.tasks.labels import Choice
 from speechllm.vocabulary import Vocabulary
 
-ASK = "Transcribe this audio"
+NO_CODES = torch.zeros(1, 0, dtype=torch.int64)
 KEYS = [
-    "file",
-    "instruction",
-    "text",
-    "segments",
-    "label",
-    "confidence",
-    "seconds_in",
-    "seconds_consumed",
-    "finish_reason",
-    "timings",
+    *("file", "instruction", "task", "text", "segments", "words", "label", "slots", "confidence"),
+    *("seconds_in", "seconds_consumed", "finish_reason", "model", "tokens_in", "tokens_out", "timings"),
 ]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
-    return load_checkpoint(tiny_checkpoint)
+    """With marks of time, up to 8 s."""
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    return replace(checkpoint, vocabulary=Vocabulary(checkpoint.text.size, n_q=1, card=16, times=201))
 
 
-@torch.no_grad()
-def saying(folder: Path, answer: str) -> Checkpoint:
-    """The tiny checkpoint, its weights set so that it answers this to everything: each id leads to the next one."""
-    checkpoint = load_checkpoint(folder)
-    ids = [checkpoint.vocabulary.answer, *checkpoint.text.encode(answer), checkpoint.vocabulary.end]
-    assert len(set(ids)) == len(ids)
-    for name, weight in checkpoint.lm.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj")):
-            weight.zero_()  # what is left of a layer is its residual: the state is the last id's embedding
-    states = checkpoint.lm.model.norm(checkpoint.lm.get_input_embeddings().weight)  # [vocabulary, hidden]
-    head = torch.zeros_like(states)
-    head[ids[1:]] = 0.3 * states[ids[:-1]]
-    checkpoint.lm.lm_head.weight = torch.nn.Parameter(head)
-    return checkpoint
+def said(
+    checkpoint: Checkpoint,
+    parts: str | tuple[Part, ...],
+    logprobs: Sequence[float] | float = -0.1,
+    finish: Finish = "stop",
+    start: float = 0.0,
+) -> SpanAnswer:
+    """An answer about the two seconds from `start`, each id with this log-probability or with one of its own."""
+    ids = render(Example(NO_CODES, "?", parts), checkpoint.vocabulary, checkpoint.text)
+    chosen = ids.ids[ids.prompt_length :].tolist()[: None if finish == "stop" else -1]
+    scores = [logprobs] * len(chosen) if isinstance(logprobs, float) else list(logprobs)
+    assert len(scores) == len(chosen)
+    words = chosen[:-1] if finish == "stop" else chosen
+    return SpanAnswer(Span(start, start + 2, NO_CODES), 10, Hypothesis(tuple(words), tuple(scores), None), finish)
 
 
-@pytest.fixture(scope="module")
-def taught(tiny_checkpoint: Path) -> Checkpoint:
-    return saying(tiny_checkpoint, "two words")
+def whole(checkpoint: Checkpoint, reader: str | Task, *spans: SpanAnswer, min_confidence: float = 0.0) -> Answer:
+    recording = Recording("a.wav", 9.0, 9.0, tuple(one.span for one in spans), "", {"read": 0.25, "encode": 0.5})
+    task = TASKS[reader] if isinstance(reader, str) else reader
+    return assemble(checkpoint, recording, "Do", task, task, spans, min_confidence, {"queue": 1.0})
 
 
-def noise(seconds: float, seed: int = 0) -> np.ndarray:
-    return 0.1 * np.random.default_rng(seed).standard_normal(round(seconds * SAMPLE_RATE)).astype(np.float32)
+def test_answers_of_spans_are_joined_in_order(checkpoint: Checkpoint) -> None:
+    spans = [said(checkpoint, text, start=start) for text, start in (("one two", 0.0), ("", 2.0), ("three", 5.0))]
+    answer = whole(checkpoint, "transcribe", *spans)
+    assert (answer.text, answer.finish_reason) == ("one two three", "stop")
+    assert answer.segments == (Segment(None, 0.0, 2.0, "one two"), Segment(None, 5.0, 7.0, "three"))
+    assert [word.text for word in answer.words] == ["one", "two", "three"]
+    assert (answer.tokens_in, answer.tokens_out) == (30, sum(len(one.best.ids) for one in spans))
+    assert answer.timings == {"read": 0.25, "encode": 0.5, "queue": 1.0}
+    assert (answer.file, answer.instruction, answer.task) == ("a.wav", "Do", "transcribe")
+    assert answer.model == checkpoint.settings.name
 
 
-def write(path: Path, samples: np.ndarray, subtype: str = "PCM_16") -> str:
-    soundfile.write(path, samples, SAMPLE_RATE, subtype=subtype)
-    return str(path)
+def test_times_are_those_of_the_whole_file(checkpoint: Checkpoint) -> None:
+    first = (Time(0.4), "good morning", Time(1.2))
+    second = (Time(0.0), "all", Time(0.8), Time(0.8), "of you", Time(2.0))
+    answer = whole(checkpoint, "transcribe_times", said(checkpoint, first), said(checkpoint, second, start=5.0))
+    expected = [(0.4, 1.2, "good morning"), (5.0, 5.8, "all"), (5.8, 7.0, "of you")]
+    assert [(s.start, s.end, s.text) for s in answer.segments] == [pytest.approx(one) for one in expected]
+    assert answer.text == "<|0.40|> good morning <|1.20|> <|5.00|> all <|5.80|> <|5.80|> of you <|7.00|>"
+    timed = [(word.text, word.start, word.end) for word in answer.words]
+    assert timed == [
+        (text, pytest.approx(start), pytest.approx(end)) for start, end, words in expected for text in words.split()
+    ]
 
 
-def ask(checkpoint: Checkpoint, files: list[str], instruction: str = ASK, batch_size: int = 8) -> list[Answer]:
-    answers = list(Answerer(checkpoint, batch_size).ask(files, instruction))
-    assert all(isinstance(answer, Answer) for answer in answers), answers
-    return [answer for answer in answers if isinstance(answer, Answer)]
+def test_words_of_speakers_have_the_times_of_their_turns(checkpoint: Checkpoint) -> None:
+    parts = (Speaker(1), Time(0.0), "a b", Time(1.0), Speaker(2), Time(0.4), "c", Time(2.0))
+    answer = whole(checkpoint, "diarize", said(checkpoint, parts))
+    assert [segment.speaker for segment in answer.segments] == ["spk1", "spk2"]
+    assert [(w.text, w.start, w.end) for w in answer.words] == [("a", 0.0, 1.0), ("b", 0.0, 1.0), ("c", 0.4, 2.0)]
 
 
-def test_answer_to_dict_is_the_contract(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    file = write(tmp_path / "a.wav", noise(1.5))
-    (answer,) = ask(checkpoint, [file], "  Transcribe   this audio ")
-    assert list(answer.to_dict()) == KEYS
-    assert answer.to_dict()["file"] == file
-    assert answer.to_dict()["instruction"] == ASK
-    assert answer.to_dict()["seconds_in"] == answer.to_dict()["seconds_consumed"] == 1.5
-    assert list(answer.timings) == ["read", "encode", "generate"]
-    assert min(answer.timings.values()) > 0
-    assert answer.finish_reason == "length"  # random weights never stop, and that is not hidden
-    assert answer.label is None
-    assert 0 < answer.confidence < 1
-    segment = answer.to_dict()["segments"][0]
-    assert segment == {"speaker": None, "start": 0.0, "end": 1.5, "text": answer.text}
+def test_words_without_an_end_have_no_times(checkpoint: Checkpoint) -> None:
+    cut = said(checkpoint, (Time(0.0), "a", Time(0.4), Time(0.8), "b"), finish="length")
+    words = whole(checkpoint, "transcribe_times", cut).words
+    assert [(word.text, word.start, word.end) for word in words] == [("a", 0.0, 0.4), ("b", None, None)]
 
 
-def test_a_taught_answer_and_its_confidence(taught: Checkpoint, tmp_path: Path) -> None:
-    file = write(tmp_path / "a.wav", noise(1.0))
-    (answer,) = ask(taught, [file])
-    assert (answer.text, answer.finish_reason) == ("two words", "stop")
-    codes = taught.encode(read_audio(file, SAMPLE_RATE))
-    rendered = render(Example(codes, ASK, "two words"), taught.vocabulary, taught.text)
-    with torch.inference_mode():
-        loss = taught.lm(input_ids=rendered.ids[None], labels=labels(rendered)[None]).loss
-    assert 0.1 < answer.confidence < 0.95
-    assert answer.confidence == pytest.approx(math.exp(-loss), rel=1e-3)  # the end id counts too
+@pytest.mark.parametrize("text", ["hello there", "a 日本 über naïveté", "  wide   spaces ", "x", "café 😀"])
+def test_words_are_as_sure_as_their_pieces_together(checkpoint: Checkpoint, text: str) -> None:
+    """Characters without a piece are several bytes, and all of them count."""
+    pieces = checkpoint.text.encode(text)
+    logprobs = [-0.01 * 2**number for number in range(len(pieces))]
+    answer = whole(checkpoint, "transcribe", said(checkpoint, text, [*logprobs, -5.0]))
+    assert [word.text for word in answer.words] == text.split()
+    spelt = [p for index, p in zip(pieces, logprobs, strict=True) if checkpoint.text.piece(index).strip("\u2581")]
+    total = sum(math.log(word.confidence) for word in answer.words)
+    assert total == pytest.approx(sum(spelt)), "each piece is in one word, the end in none"
+    assert (answer.words[0].start, answer.words[0].end) == (None, None)
 
 
-def test_an_empty_answer_means_no_speech(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    (answer,) = ask(saying(tiny_checkpoint, ""), [write(tmp_path / "a.wav", noise(1.0))])
-    assert (answer.text, answer.segments, answer.finish_reason) == ("", (), "no_speech")
-    assert answer.timings["generate"] > 0
-    assert answer.seconds_consumed == 1.0
+def test_confidence_of_words_is_the_geometric_mean_over_all_ids(checkpoint: Checkpoint) -> None:
+    spans = [said(checkpoint, "yes", -0.2), said(checkpoint, "no", -0.7, finish="length", start=3.0)]
+    scores = [p for one in spans for p in one.best.logprobs]
+    answer = whole(checkpoint, "transcribe", *spans)
+    assert answer.confidence == pytest.approx(math.exp(sum(scores) / len(scores)))
+    assert len({*scores}) == 2
 
 
-@pytest.mark.parametrize("samples", [np.zeros(20 * SAMPLE_RATE), np.zeros(1), 1e-4 * noise(2.0)])
-def test_silence_is_not_put_before_the_model(checkpoint: Checkpoint, tmp_path: Path, samples: np.ndarray) -> None:
-    (answer,) = ask(checkpoint, [write(tmp_path / "a.wav", samples)])
-    assert (answer.text, answer.segments, answer.finish_reason) == ("", (), "no_speech")
-    assert answer.confidence == 1.0
-    assert answer.timings["generate"] == 0.0
-    assert answer.seconds_consumed == answer.seconds_in == len(samples) / SAMPLE_RATE
+def test_confidence_of_a_label_is_its_probability(checkpoint: Checkpoint) -> None:
+    one, other = said(checkpoint, "angry", -0.3), said(checkpoint, "angry", -0.1, start=4.0)
+    ids = len(one.best.logprobs)
+    assert whole(checkpoint, "emotion", one).confidence == pytest.approx(math.exp(-0.3 * ids))
+    both = whole(checkpoint, "emotion", one, other)
+    assert both.confidence == pytest.approx(math.exp(-0.2 * ids)), "of several spans, their geometric mean"
+    assert (both.label, both.text, both.words) == ("angry", "angry angry", ())
 
 
-def test_a_clip_shorter_than_a_frame_is_answered(taught: Checkpoint, tmp_path: Path) -> None:
-    (answer,) = ask(taught, [write(tmp_path / "a.wav", noise(0.01))])
-    assert (answer.text, answer.finish_reason) == ("two words", "stop")
-    assert answer.seconds_consumed == answer.seconds_in == 0.01
+def test_confidences_are_calibrated(checkpoint: Checkpoint) -> None:
+    settings = checkpoint.settings.model_copy(update={"confidence_temperature": 2.0})
+    calibrated = replace(checkpoint, settings=settings)
+    for reader, text in (("transcribe", "some words"), ("emotion", "sad")):
+        before = whole(checkpoint, reader, said(checkpoint, text, -0.4))
+        after = whole(calibrated, reader, said(checkpoint, text, -0.4))
+        assert after.confidence == pytest.approx(math.sqrt(before.confidence))
+        for one, other in zip(before.words, after.words, strict=True):
+            assert other.confidence == pytest.approx(math.sqrt(one.confidence))
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_order_is_kept_and_bad_files_stop_nobody(checkpoint: Checkpoint, tmp_path: Path, batch_size: int) -> None:
-    good = [write(tmp_path / f"{i}.wav", noise(0.5 + 0.4 * i, seed=i)) for i in range(4)]
-    silent = write(tmp_path / "silent.wav", np.zeros(8000))
-    (tmp_path / "empty.wav").touch()
-    bad = [str(tmp_path / "empty.wav"), str(tmp_path / "missing.wav")]
-    files = [bad[0], good[0], good[1], bad[1], silent, good[2], good[3]]
-    answers = list(Answerer(checkpoint, batch_size).ask(files, ASK))
-    assert [answer.file for answer in answers] == files
-    for answer in answers:
-        assert isinstance(answer, Failure) == (answer.file in bad)
-        if isinstance(answer, Failure):
-            assert answer.file in answer.error
-            assert list(answer.to_dict()) == ["file", "error"]
-    alone = {file: ask(checkpoint, [file])[0] for file in [*good, silent]}
-    for answer in answers:
-        if isinstance(answer, Answer):
-            assert (answer.text, answer.finish_reason) == (alone[answer.file].text, alone[answer.file].finish_reason)
-            assert answer.confidence == pytest.approx(alone[answer.file].confidence, rel=1e-4)
-    assert len({alone[file].confidence for file in good}) == len(good)
+def test_a_label_is_told_where_all_spans_agree(checkpoint: Checkpoint) -> None:
+    angry, sad, odd = (said(checkpoint, text, start=4.0) for text in ("angry", "sad", "furious"))
+    assert whole(checkpoint, "emotion", angry, angry).label == "angry"
+    assert whole(checkpoint, "emotion", angry, sad).label is None
+    assert whole(checkpoint, "emotion", angry, sad).text == "angry sad"
+    assert whole(checkpoint, "emotion", odd).label is None
+    choice = Choice("choice", "accuracy", (), (), labels=("furious", "calm"))
+    assert whole(checkpoint, choice, odd, odd).label == "furious"
 
 
-def test_ten_minutes_are_answered_whole(taught: Checkpoint, tmp_path: Path) -> None:
-    require_engine("flite")
-    voice = next(voice for voice in VOICES if voice.name == "flite-rms")
-    sentence = speak("A man in a red shirt is riding a bicycle down the street.", voice)
-    turn = np.concatenate([sentence, np.zeros(25 * SAMPLE_RATE - len(sentence), dtype=np.float32)])
-    file = write(tmp_path / "long.wav", np.tile(turn, 24))
-    (answer,) = ask(taught, [file])
-    assert answer.seconds_in == answer.seconds_consumed == 600.0
-    assert answer.finish_reason == "stop"
-    assert len(answer.segments) == 24
-    assert answer.text == " ".join(["two words"] * 24)
-    limit = taught.settings.max_audio_seconds
-    for turn_number, segment in enumerate(answer.segments):
-        assert 0 < segment.end - segment.start <= limit
-        start = 25.0 * turn_number
-        assert segment.start <= start + 0.1
-        assert start + len(sentence) / SAMPLE_RATE - 0.1 <= segment.end <= start + 25
+def test_slots_of_all_spans_are_told(checkpoint: Checkpoint) -> None:
+    spans = [said(checkpoint, "set(room=kitchen)"), said(checkpoint, "set(light=on)", start=4.0)]
+    answer = whole(checkpoint, "intent", *spans)
+    assert (answer.label, answer.slots) == ("set", {"room": "kitchen", "light": "on"})
 
 
-def test_impossible_requests_are_refused_before_reading(checkpoint: Checkpoint) -> None:
-    answerer = Answerer(checkpoint)
-    missing = ["missing.wav"]
-    with pytest.raises(InputError, match="instruction is empty"):
-        answerer.ask(missing, "  ")
-    with pytest.raises(InputError, match=r"a prompt of \d+ ids exceeds .* a shorter instruction"):
-        answerer.ask(missing, "word " * 600)
-    shot = Example(torch.zeros(1, 200, dtype=torch.int64), ASK, "hello")
-    with pytest.raises(InputError, match="fewer or shorter shots"):
-        answerer.ask(missing, ASK, [shot] * 3)
-    with pytest.raises(InputError, match="shot 1 has no answer"):
-        answerer.ask(missing, ASK, [Example(shot.codes, ASK)])
-    with pytest.raises(InputError, match="batch size"):
-        Answerer(checkpoint, 0)
+def test_the_worst_end_of_a_span_is_told(checkpoint: Checkpoint) -> None:
+    order: list[Finish] = ["stop", "length", "repetition", "timeout", "cancelled"]
+    for number, worst in enumerate(order):
+        spans = [said(checkpoint, "word", finish=finish, start=3.0) for finish in order[: number + 1]]
+        assert whole(checkpoint, "transcribe", *spans).finish_reason == worst
+        assert whole(checkpoint, "transcribe", *spans[::-1]).finish_reason == worst
 
 
-def test_a_clip_that_does_not_fit_beside_the_shots_fails_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    shot = Example(torch.zeros(1, 350, dtype=torch.int64), ASK, "hello")
-    files = [write(tmp_path / "long.wav", noise(7.0)), write(tmp_path / "short.wav", noise(0.5))]
-    first, second = Answerer(checkpoint).ask(files, ASK, [shot])
-    assert isinstance(first, Failure) and first.error.startswith(f"{files[0]}: a prompt of ")
-    assert isinstance(second, Answer)
+def test_nothing_said_is_no_speech(checkpoint: Checkpoint) -> None:
+    empty = whole(checkpoint, "transcribe", said(checkpoint, "", -0.5))
+    assert (empty.text, empty.segments, empty.finish_reason) == ("", (), "no_speech")
+    assert empty.confidence == pytest.approx(math.exp(-0.5)), "the model said so, and how sure it was"
+    unasked = whole(checkpoint, "transcribe", min_confidence=1.0)
+    assert (unasked.text, unasked.finish_reason, unasked.confidence) == ("", "no_speech", 1.0)
 
 
-def test_rows_that_are_no_text_are_never_chosen(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Special tokens and spare rows of a language model, here the most likely ids everywhere."""
-    text = HuggingFaceTokenizer(byte_level().to_str().encode())
-    vocabulary = Vocabulary(text.size + 9, n_q=1, card=16)
-    sizes = ModelConfig(hidden_size=32, num_layers=1, expert_size=32, num_experts=4, max_positions=512)
-    lm = make_model(sizes, vocabulary.size, vocabulary.pad, vocabulary.end).eval()
-    unwanted = [*text.hidden_ids, *range(text.size, vocabulary.text_size)]
-    assert len(unwanted) == 3 + 9
-    with torch.no_grad():
-        for name, weight in lm.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj")):
-                weight.zero_()
-        lm.get_input_embeddings().weight.fill_(1)
-        head = torch.zeros(vocabulary.size, 32)
-        head[unwanted] = 1
-        lm.lm_head.weight = torch.nn.Parameter(head)
-        assert int(lm(torch.tensor([[0]])).logits.argmax()) in unwanted
-    soundfile.write(tmp_path / "a.wav", noise(1.0), 16000)
-    (answer,) = Answerer(replace(checkpoint, lm=lm, text=text, vocabulary=vocabulary)).ask(
-        [str(tmp_path / "a.wav")], ASK
-    )
-    assert isinstance(answer, Answer)
-    assert answer.text == text.decode([0]) * checkpoint.settings.max_answer_tokens
+@pytest.mark.parametrize("reader", ["transcribe", "emotion"])
+@pytest.mark.parametrize("finish", ["timeout", "cancelled"])
+def test_what_was_stopped_before_its_first_id_is_not_sure(checkpoint: Checkpoint, reader: str, finish: Finish) -> None:
+    stopped = SpanAnswer(Span(0.0, 2.0, NO_CODES), 10, Hypothesis((), (), None), finish)
+    for min_confidence in (0.0, 0.5):
+        answer = whole(checkpoint, reader, stopped, min_confidence=min_confidence)
+        assert (answer.text, answer.confidence, answer.finish_reason) == ("", 0.0, finish)
+
+
+def test_an_answer_less_sure_than_asked_for_is_withheld(checkpoint: Checkpoint) -> None:
+    parts = (Time(0.0), "a", Time(0.4))
+    for reader, text in (("transcribe_times", parts), ("emotion", "angry"), ("intent", "set(room=kitchen)")):
+        one = said(checkpoint, text, -0.3)
+        confidence = whole(checkpoint, reader, one).confidence
+        assert whole(checkpoint, reader, one, min_confidence=confidence).finish_reason == "stop"
+        held = whole(checkpoint, reader, one, min_confidence=confidence + 1e-6)
+        assert (held.finish_reason, held.text, held.segments, held.words) == ("abstained", "", (), ())
+        assert (held.label, held.slots, held.confidence) == (None, {}, confidence)
+        assert held.tokens_out > 0
+
+
+def test_to_dict_is_the_contract(checkpoint: Checkpoint) -> None:
+    parts = (Speaker(1), Time(0.04), "hi", Time(1.0))
+    answer = whole(checkpoint, "diarize", said(checkpoint, parts, -1 / 3, start=0.33333))
+    told = answer.to_dict()
+    assert list(told) == KEYS
+    assert json.loads(json.dumps(told)) == told
+    assert told["segments"] == [{"speaker": "spk1", "start": 0.3733, "end": 1.3333, "text": "hi"}]
+    assert told["words"] == [
+        {"text": "hi", "confidence": told["words"][0]["confidence"], "start": 0.3733, "end": 1.3333}
+    ]
+    assert told["confidence"] == round(math.exp(-1 / 3), 4)
+    assert told["timings"] == {"read": 0.25, "encode": 0.5, "queue": 1.0}
+
+
+def test_failures_name_their_file_once() -> None:
+    assert Failure.of("a.wav", InputError("a.wav: the file is empty")).error == "a.wav: the file is empty"
+    failure = Failure.of("a.wav", InputError("a prompt is too long"))
+    assert failure.to_dict() == {"file": "a.wav", "error": "a.wav: a prompt is too long"}

@@ -90,12 +90,12 @@ def test_json_is_the_contract_in_order(tiny_checkpoint: Path, good: list[str], s
     assert [answer["finish_reason"] for answer in answers] == ["length", "no_speech", "length"]
     for answer in answers:
         assert list(answer) == [
-            "file", "instruction", "text", "segments", "label", "confidence",
-            "seconds_in", "seconds_consumed", "finish_reason", "timings",
+            "file", "instruction", "task", "text", "segments", "words", "label", "slots", "confidence", "seconds_in",
+            "seconds_consumed", "finish_reason", "model", "tokens_in", "tokens_out", "timings",
         ]  # fmt: skip
         assert answer["instruction"] == ASK
         assert 0 <= answer["confidence"] <= 1
-        assert list(answer["timings"]) == ["read", "encode", "generate"]
+        assert list(answer["timings"]) == ["read", "encode", "queue", "first", "generate"]
 
 
 def test_both_formats_give_the_same_text(tiny_checkpoint: Path, good: list[str]) -> None:
@@ -228,7 +228,7 @@ def test_info_says_what_the_checkpoint_is(tiny_checkpoint: Path) -> None:
 def test_help_and_version_load_no_library() -> None:
     assert run("--version").stdout == f"speechllm {__version__}\n"
     assert 'speechllm ask "Transcribe this audio"' in run("--help").stdout
-    assert "reads standard input" in " ".join(run("ask", "--help").stdout.split())
+    assert "- is standard input" in " ".join(run("ask", "--help").stdout.split())
     code = "import sys, serve.cli; print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -72,6 +72,11 @@ class Question:
     answer: Parts
 
 
+def set_name(path: Path) -> str:
+    """Of a set in tables: the name of its folder. path: the folder, or the manifest in it."""
+    return path.name if path.is_dir() else path.parent.name
+
+
 def pose(items: Sequence[Item], task: Task) -> list[Question]:
     """The first wording of the task, asked about each clip of a test set whose data hold the answer.
 
@@ -93,13 +98,20 @@ def answers(
     questions: Sequence[Question], task: Task, serving: Sequence[str], advance: Callable[[int], None]
 ) -> list[ParsedAnswer]:
     """What ``speechllm ask`` answers, in order. serving: its options for the model."""
-    found: dict[int, ParsedAnswer] = {}
+    found = []
+    for answer in ask_all(questions, serving, advance):
+        segments = tuple(Segment(**segment) for segment in answer["segments"])
+        text = answer["text"]
+        found.append(ParsedAnswer(text, segments) if task.marks else task.read((text,) if text else ()))
+    return found
+
+
+def ask_all(questions: Sequence[Question], serving: Sequence[str], advance: Callable[[int], None]) -> list[dict]:
+    """The answers of ``speechllm ask``, one JSON object a question, in order."""
+    found: dict[int, dict] = {}
     for instruction in dict.fromkeys(question.instruction for question in questions):
         own = [n for n, question in enumerate(questions) if question.instruction == instruction]
-        for n, answer in zip(own, ask([questions[n].item for n in own], instruction, serving, advance), strict=True):
-            segments = tuple(Segment(**segment) for segment in answer["segments"])
-            text = answer["text"]
-            found[n] = ParsedAnswer(text, segments) if task.marks else task.read((text,) if text else ())
+        found |= zip(own, ask([questions[n].item for n in own], instruction, serving, advance), strict=True)
     return [found[n] for n in range(len(questions))]
 
 
@@ -194,7 +206,7 @@ def evaluate(
     results = []
     for path in sets:
         items = read_corpus([path], split)
-        name = path.name if path.is_dir() else path.parent.name
+        name = set_name(path)
         for task in (TASKS[t] for t in tasks):
             questions = pose(items, task)[:limit]
             if not questions:

@@ -23,8 +23,10 @@ from serve.http.service import Service
 from serve.http.settings import ServerSettings
 from speechllm import __version__
 from speechllm.errors import InputError
+from speechllm.tasks import TASKS
 
 _PAGE_FOLDER = Path(serve.__file__).parent / "page"
+_IDLE_SECONDS = 75  # a connection is kept open for the next request; clients drop theirs earlier
 _SHUTDOWN_SECONDS = 10  # for what is being answered when the server is told to stop
 
 
@@ -69,7 +71,12 @@ def run(answerer: Answerer, settings: ServerSettings) -> None:
         shown = f"[{host}]" if ":" in host else host
         print(f"listening on http://{shown}:{port}", flush=True)
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=_SHUTDOWN_SECONDS, server_header=False
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_IDLE_SECONDS,
+            timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
         )
         uvicorn.Server(config).run(sockets=[listener])
 
@@ -80,16 +87,20 @@ def _listening(settings: ServerSettings) -> socket.socket:
         return socket.create_server((settings.host, settings.port), family=family, backlog=1024)
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(
-            f"{settings.host}:{settings.port}: cannot listen there ({reason}); try another port"
-        ) from error
+        where = f"{settings.host}:{settings.port}"
+        raise InputError(f"{where}: cannot listen there ({reason}); try another port") from error
 
 
 def _add_reports(app: FastAPI, service: Service) -> None:
     """What is asked of the server itself."""
 
+    checkpoint = service.answerer.checkpoint
+    known = [TASKS[name] for name in checkpoint.settings.tasks if name in TASKS]
+    tasks = {task.name: task.wordings[0] for task in known if task.listens}
+
     def model(name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": service.started, "owned_by": "speechllm"}
+        """`tasks`, which are not OpenAI's: what it was trained to do with audio, and words that ask for it."""
+        return {"id": name, "object": "model", "created": service.started, "owned_by": "speechllm", "tasks": tasks}
 
     @app.get("/v1/models", responses=RESPONSES)
     async def models() -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class AnswerCache:
         """Raises InputError when the folder cannot be used."""
         try:
             self._disk = diskcache.Cache(
-                str(folder), _PlainDisk, size_limit=max_bytes, eviction_policy="least-recently-used"
+                str(folder), disk=_PlainDisk, size_limit=max_bytes, eviction_policy="least-recently-used"
             )
         except (sqlite3.Error, OSError) as error:
             raise InputError(f"{folder}: no folder to keep answers in ({error}); delete it or name another") from error
@@ -88,18 +89,15 @@ class AnswerCache:
         return _digest("file", self._weights, hashlib.sha256(content).hexdigest())
 
     def _set(self, key: str, value: str) -> None:
-        try:
+        with suppress(*_FAILURES):  # a full disk, a locked or damaged cache: answers are given all the same
             self._disk.set(key, value)
-        except _FAILURES:
-            pass  # a full disk, a locked or damaged cache: answers are given all the same
 
 
 def weights_fingerprint(answerer: Answerer) -> str:
     """SHA-256 of the program's version, the checkpoint's settings, how it is quantized, and all weights of its LM."""
     checkpoint = answerer.checkpoint
-    digest = hashlib.sha256(
-        f"{__version__} {getattr(answerer, 'quantize', None)} {checkpoint.settings.model_dump_json()}".encode()
-    )
+    facts = (__version__, getattr(answerer, "quantize", None), checkpoint.settings.model_dump(mode="json"))
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, weight in sorted(checkpoint.lm.state_dict().items()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -110,7 +108,7 @@ def _answer(stored: Mapping[str, Any]) -> Answer:
     """Raises TypeError or KeyError for what is no answer."""
     segments = tuple(Segment(**segment) for segment in stored["segments"])
     words = tuple(Word(**word) for word in stored["words"])
-    return Answer(**stored | {"segments": segments, "words": words})
+    return Answer(**{**stored, "segments": segments, "words": words})
 
 
 def _digest(*parts: object) -> str:

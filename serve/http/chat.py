@@ -10,15 +10,14 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 from starlette.responses import JSONResponse, Response
 
 from serve.answer import Answer
-from serve.http.errors import RESPONSES, ApiError
+from serve.http.errors import EVENTS, RESPONSES, ApiError
 from serve.http.options import MAX_TEXT, AskFields
 from serve.http.service import Asked, Exchange, Service, Shot, Upload, while_connected
-from serve.http.stream import DONE, EventStream
-from speechllm.errors import InputError
+from serve.http.stream import DONE, Event, EventStream
 from speechllm.errors import InputError
 
 # OpenAI has four reasons. An answer cut, for whatever cause, is one of "length"; one withheld is filtered.
@@ -45,13 +44,17 @@ class AudioPart(BaseModel):
     input_audio: InputAudio
 
 
+MAX_PARTS = 1000
 Part = Annotated[TextPart | AudioPart, Field(discriminator="type")]
 
 
 class Message(BaseModel):
     model_config = _CONFIG
     role: Literal["user", "assistant"]
-    content: Text | Annotated[list[Part], Field(max_length=1000)]
+    content: Annotated[
+        Annotated[Text, Tag("text")] | Annotated[list[Part], Field(max_length=MAX_PARTS), Tag("parts")],
+        Discriminator(lambda content: "text" if isinstance(content, str) else "parts"),
+    ]
     name: str | None = None
     refusal: None = None
 
@@ -136,7 +139,7 @@ _REPLIES: dict[int | str, dict[str, Any]] = RESPONSES | {
         "description": "A completion as OpenAI's; all that is known of the answer is in `answer`",
         "content": {
             "application/json": {"schema": {"type": "object", "required": ["id", "choices", "usage", "answer"]}},
-            "text/event-stream": {"schema": {"type": "string"}},
+            "text/event-stream": EVENTS,
         },
     }
 }
@@ -148,11 +151,8 @@ def routes(service: Service) -> APIRouter:
     @router.post("/completions", responses=_REPLIES, response_class=Response)
     async def completions(body: ChatRequest, request: Request) -> Response:
         """What the user's last turn asks about a recording."""
-        head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": service.check_model(body.model),
-        }
+        model = service.check_model(body.model)
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         exchange = Exchange(service, body.asked())
         try:
             await while_connected(request.receive, exchange.pose())
@@ -172,7 +172,7 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-async def _chunks(exchange: Exchange, head: dict[str, Any], usage: bool) -> AsyncIterator[dict[str, Any] | str]:
+async def _chunks(exchange: Exchange, head: dict[str, Any], usage: bool) -> AsyncIterator[Event]:
     blank = {"usage": None} if usage else {}
 
     def chunk(delta: dict[str, Any], finish_reason: str | None = None, **more: Any) -> dict[str, Any]:

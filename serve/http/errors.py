@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from serve.engine import BackendError
 from speechllm.errors import InputError
 from speechllm.options import Options
 
@@ -38,6 +39,9 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
+EVENTS = {"schema": {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}}  # a stream's
+
+
 class ApiError(HTTPException):
     """A refusal with a status, told in one line. FastAPI lets it pass wherever it is raised, a body's reading too."""
 
@@ -62,6 +66,10 @@ def busy(message: str) -> ApiError:
     return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
 
 
+def fault() -> ApiError:
+    return ApiError(500, "the server failed at this request; its log says where")
+
+
 def envelope(error: HTTPException) -> dict[str, Any]:
     status = error.status_code
     kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
@@ -75,6 +83,8 @@ def reply(error: HTTPException) -> JSONResponse:
 
 def from_input_error(error: InputError) -> ApiError:
     """The message of an option begins with its name, which is the parameter's, too."""
+    if isinstance(error, BackendError):
+        return ApiError(502, str(error), code="backend_error")
     first = str(error).partition(" ")[0]
     return ApiError(400, str(error), param=first if first in OPTIONS else None)
 
@@ -113,5 +123,5 @@ def add_handlers(app: FastAPI) -> None:
         return Response(status_code=CLIENT_GONE)
 
     @app.exception_handler(Exception)
-    async def fault(request: Request, error: Exception) -> Response:
-        return reply(ApiError(500, "the server failed at this request; its log says where"))
+    async def failed(request: Request, error: Exception) -> Response:
+        return reply(fault())

@@ -33,7 +33,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(scope, receive, send, self._settings)
+        exchange = _Exchange(scope, receive, send, self._settings, self._places)
         started = time.perf_counter()
         place = 0
         try:
@@ -49,6 +49,7 @@ class Gate:
                 await self._app(scope, exchange.receive, exchange.send)
         finally:
             self._places.give_back(place)
+            self._places.let_go(exchange.held)
             self._metrics.observe(scope, exchange.status, time.perf_counter() - started)
 
     def _check_key(self, scope: Scope) -> None:
@@ -70,13 +71,13 @@ class Gate:
 class _Exchange:
     """A request's `receive` and `send`, watched: the bytes in, how long they take, and the status sent back."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: ServerSettings) -> None:
-        self._receive, self._send = receive, send
+    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: ServerSettings, places: Places) -> None:
+        self._receive, self._send, self._places = receive, send, places
         self._length = Headers(scope=scope).get("content-length", "0")
         self._limit = settings.max_upload_bytes
         self._seconds = settings.request_timeout
         self._deadline = time.monotonic() + settings.request_timeout
-        self._bytes = 0
+        self.held = 0  # bytes of the body
         self._whole = scope["method"] in ("GET", "HEAD")  # the body is here, to its end
         self.status = 500  # until another one is sent
 
@@ -86,14 +87,17 @@ class _Exchange:
             raise self._too_large()
 
     async def receive(self) -> Message:
-        """Raises ApiError: 413 for one byte too many, 408 for a body that takes too long."""
+        """Raises ApiError: 413 for one byte too many, 429 for too many of all, 408 for a body that takes too long."""
         if self._whole:
             return await self._receive()
         with anyio.move_on_after(max(0.0, self._deadline - time.monotonic())):
             message = await self._receive()
             self._note(message)
-            if self._bytes > self._limit:
+            size = len(message.get("body", b""))
+            if self.held + size > self._limit:
                 raise self._too_large()
+            self._places.hold(size)
+            self.held += size
             return message
         raise ApiError(408, f"the request's body was not here within {self._seconds:g} seconds")
 
@@ -104,7 +108,7 @@ class _Exchange:
                 message["headers"] = [*message["headers"], (b"connection", b"close")]
         elif not self._whole and not message.get("more_body", False):
             # A connection closed on a client that still sends is reset, and it may never read why: first let it finish.
-            await self._put(message | {"more_body": True})
+            await self._put({**message, "more_body": True})
             with anyio.move_on_after(_LINGER_SECONDS):
                 while not self._whole:
                     self._note(await self._receive())
@@ -117,7 +121,6 @@ class _Exchange:
             await self._send(message)
 
     def _note(self, message: Message) -> None:
-        self._bytes += len(message.get("body", b""))
         self._whole = message["type"] == "http.disconnect" or not message.get("more_body", False)
 
     def _too_large(self) -> ApiError:

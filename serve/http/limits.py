@@ -8,22 +8,28 @@ import soundfile
 
 from serve.http.errors import ApiError, busy
 from serve.http.settings import ServerSettings
+from speechllm._containers import prepare
 from speechllm.errors import InputError
 
-_HIGHEST_RATE = 48000  # Hz, of a recording of the greatest length: at twice the rate, half of it may be sent
+_UPLOADS = 8  # as large as they may be: what all requests together may hold in memory, or on disk
+_UNKNOWN = 1 << 62  # frames and more: a FLAC that was written to a pipe
+_MAX_RATE = 768_000  # Hz
+_FULL_RATE = 48000  # Hz, of a recording of the greatest length: at twice the rate, half of it may be sent
 
 
 class Places:
-    """The questions a server has taken on and not yet answered. Used on the event loop only."""
+    """The questions a server has taken on and not yet answered, and their uploads. Used on the event loop only."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self._limit = settings.max_queue
+        self._most_bytes = _UPLOADS * settings.max_upload_bytes
         self.taken = 0
+        self.bytes = 0
 
-    def take(self, count: int) -> None:
-        """Raises ApiError: 429 when the places left are too few, 400 when there never are so many."""
-        if count > self._limit:
-            raise ApiError(400, f"{count} questions at once are more than this server answers ({self._limit})")
+    def take(self, count: int, held: int = 0) -> None:
+        """For a request that holds some. Raises ApiError: 429 when too few are left, 400 when there never are."""
+        if count + held > self._limit:
+            raise ApiError(400, f"{count + held} questions at once are more than this server answers ({self._limit})")
         if self.taken + count > self._limit:
             raise busy(f"{self.taken} questions are being answered, and the limit is {self._limit}: ask again later")
         self.taken += count
@@ -31,17 +37,33 @@ class Places:
     def give_back(self, count: int) -> None:
         self.taken -= count
 
+    def hold(self, count: int) -> None:
+        """More bytes of an upload. Raises ApiError 429 when all uploads together are too large."""
+        if self.bytes + count > self._most_bytes:
+            raise busy(f"{self.bytes} bytes of uploads are being worked on: ask again later")
+        self.bytes += count
+
+    def let_go(self, count: int) -> None:
+        self.bytes -= count
+
 
 def check_length(content: bytes, name: str, max_seconds: float) -> None:
     """Refuse, by its header, a file that holds more than `max_seconds`: a small one may decode to hours.
 
+    So is one of a rate that no recorder has: to change it takes memory by the rate, however short the file.
     Of an unreadable file nothing is said: reading it tells what is wrong. Raises InputError.
     """
     try:
-        info = soundfile.info(io.BytesIO(content))
+        info = soundfile.info(prepare(io.BytesIO(content), name))
     except soundfile.LibsndfileError:
         return
-    if info.frames > max_seconds * min(info.samplerate, _HIGHEST_RATE):
+    if info.frames > _UNKNOWN:
+        raise InputError(
+            f"{name}: its header does not say how long it is; convert it first: ffmpeg -i INPUT output.wav"
+        )
+    if info.samplerate > _MAX_RATE:
+        raise InputError(f"{name}: of {info.samplerate} Hz; rates up to {_MAX_RATE} Hz are taken")
+    if info.frames > max_seconds * min(info.samplerate, _FULL_RATE):
         raise too_long(name, max_seconds)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import Scope
 
@@ -17,20 +19,25 @@ class Metrics:
 
     def __init__(self, answerer: Answerer, places: Places) -> None:
         self._registry = CollectorRegistry()
-        name = {"namespace": "speechllm", "registry": self._registry}
-        self._requests = Counter("requests", "Requests by route and status", ("route", "status"), **name)
-        self._seconds = Histogram("request_seconds", "Time to the last byte", ("route",), buckets=_SECONDS, **name)
-        self._audio = Counter("audio_seconds", "Audio listened to", **name)
-        self._tokens_in = Counter("tokens_in", "Ids of prompts", **name)
-        self._tokens_out = Counter("tokens_out", "Ids generated", **name)
-        self._answers = Counter("answers", "Answers by finish reason", ("finish_reason",), **name)
-        self._cache = Counter("cache_lookups", "Questions looked up among those answered before", ("result",), **name)
-        for label, what, value in (
-            ("questions", "Questions taken on and not yet answered", lambda: places.taken),
-            ("queue", "Pieces of audio waiting for a place in the batch", lambda: answerer.waiting),
-            ("running", "Pieces of audio being answered", lambda: answerer.running),
-        ):
-            Gauge(label, what, **name).set_function(value)
+        counter = partial(Counter, namespace="speechllm", registry=self._registry)
+        gauge = partial(Gauge, namespace="speechllm", registry=self._registry)
+        self._requests = counter("requests", "Requests by route and status", ("route", "status"))
+        self._seconds = Histogram(
+            "request_seconds",
+            "Time to the last byte",
+            ("route",),
+            namespace="speechllm",
+            registry=self._registry,
+            buckets=_SECONDS,
+        )
+        self._audio = counter("audio_seconds", "Audio listened to")
+        self._tokens_in = counter("tokens_in", "Ids of prompts")
+        self._tokens_out = counter("tokens_out", "Ids generated")
+        self._answers = counter("answers", "Answers generated, by finish reason", ("finish_reason",))
+        self._cache = counter("cache_lookups", "Questions looked up among those answered before", ("result",))
+        gauge("questions", "Questions taken on and not yet answered").set_function(lambda: places.taken)
+        gauge("queue", "Pieces of audio waiting for a place in the batch").set_function(lambda: answerer.waiting)
+        gauge("running", "Pieces of audio being answered").set_function(lambda: answerer.running)
         for result in ("hit", "miss"):
             self._cache.labels(result)
 

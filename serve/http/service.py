@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -24,7 +25,8 @@ from serve.http.settings import ServerSettings
 from serve.recording import Recording
 from speechllm.options import Options
 
-_READERS = min(2, os.cpu_count() or 1)  # recordings held as samples at a time: an hour takes hundreds of megabytes
+_READERS = min(4, os.cpu_count() or 1)  # recordings held as samples at a time: an hour takes hundreds of megabytes
+_PAUSE_SECONDS = 0.01  # between two looks at the texts, which are read anew each time
 _LATE_SECONDS = 2.0  # after its time an answer is still waited for: the engine looks at the clock between two steps
 
 T = TypeVar("T")
@@ -85,9 +87,8 @@ class Service:
             return self.models[0]
         if name not in self.models:
             served = ", ".join(repr(model) for model in self.models)
-            raise ApiError(
-                404, f"there is no model {name!r} here, only {served}", param="model", code="model_not_found"
-            )
+            message = f"there is no model {name!r} here, only {served}"
+            raise ApiError(404, message, param="model", code="model_not_found")
         return name
 
     def listen(self, content: bytes, name: str) -> Recording:
@@ -135,7 +136,7 @@ class Exchange:
     def __init__(self, service: Service, asked: Asked) -> None:
         """Raises ApiError when more is asked at once than there is room for."""
         self._places = len(asked.instructions) - 1  # the gate has taken one for the request
-        service.places.take(self._places)
+        service.places.take(self._places, held=1)
         self._service, self._asked = service, asked
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
@@ -204,6 +205,7 @@ class Exchange:
             if done:
                 return
             await self._change()
+            await asyncio.sleep(_PAUSE_SECONDS)
 
     @property
     def _done(self) -> bool:
@@ -225,10 +227,8 @@ class Exchange:
 
     def _on_change(self, question: Question) -> None:
         """In the engine's thread."""
-        try:
+        with suppress(RuntimeError):  # the loop is closed: the server has stopped
             self._loop.call_soon_threadsafe(self._changed.set)
-        except RuntimeError:
-            pass  # the loop is closed: the server has stopped
 
     def _pose(self) -> None:
         """In a reader's thread. What it finds out it leaves in `_keys` and `_results`."""

@@ -11,11 +11,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serve.http.errors import ApiError, ClientGone, envelope
+from serve.http.errors import ClientGone, envelope, fault, from_input_error
 from serve.http.service import Exchange, while_connected
+from speechllm.errors import InputError
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies shall pass events on as they come
 DONE = "[DONE]"
+
+Event = dict[str, Any] | str
 
 
 class EventStream(Response):
@@ -26,7 +29,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, exchange: Exchange, events: AsyncIterator[dict[str, Any] | str]) -> None:
+    def __init__(self, exchange: Exchange, events: AsyncIterator[Event]) -> None:
         super().__init__(headers=_HEADERS)
         del self.headers["content-length"]
         self._exchange, self._events = exchange, events
@@ -41,18 +44,24 @@ class EventStream(Response):
 
     async def _tell(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        try:
-            async for event in self._events:
-                await send({"type": "http.response.body", "body": _encoded(event), "more_body": True})
-        except HTTPException as error:
-            await send({"type": "http.response.body", "body": _encoded(envelope(error)), "more_body": True})
-        except Exception:
-            logging.getLogger("uvicorn.error").exception("a stream failed")
-            fault = ApiError(500, "the server failed at this request; its log says where")
-            await send({"type": "http.response.body", "body": _encoded(envelope(fault)), "more_body": True})
+        async for event in _errors_told(self._events):
+            await send({"type": "http.response.body", "body": _encoded(event), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _encoded(event: dict[str, Any] | str) -> bytes:
+async def _errors_told(events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+    try:
+        async for event in events:
+            yield event
+    except HTTPException as error:
+        yield envelope(error)
+    except InputError as error:
+        yield envelope(from_input_error(error))
+    except Exception:
+        logging.getLogger("uvicorn.error").exception("a stream failed")
+        yield envelope(fault())
+
+
+def _encoded(event: Event) -> bytes:
     data = event if isinstance(event, str) else json.dumps(event, ensure_ascii=False)
     return f"data: {data}\n\n".encode()

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from serve.answer import Answer
 from serve.formats import Format, write
-from serve.http.errors import RESPONSES, ApiError
+from serve.http.errors import EVENTS, RESPONSES, ApiError
 from serve.http.options import MAX_TEXT, AskFields
 from serve.http.service import Asked, Exchange, Service, Upload, while_connected
 from serve.http.stream import EventStream
@@ -23,7 +23,8 @@ from speechllm.tasks.labels import LANGUAGES
 TRANSCRIBE, TRANSLATE = "Transcribe this audio", "Translate this audio to English"
 UNKNOWN_LANGUAGE = "unknown"
 MAX_ALSO = 32
-FORM_LIMITS = {"max_files": 1, "max_fields": 100, "max_part_size": 4 * MAX_TEXT}
+MAX_NAME = 200
+MAX_FIELDS = 1100
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 
 
@@ -72,18 +73,20 @@ class AudioForm(AskFields):
 
     def asked(self, instruction: str) -> Asked:
         """Raises InputError for options at odds with one another."""
-        upload = Upload(self.file.filename or "the audio given", self.file.file.read)
+        name = "".join(c if c.isprintable() else " " for c in self.file.filename or "")[:MAX_NAME].strip()
+        upload = Upload(name or "the audio given", self.file.file.read)
         options = self.options(max_tokens=self.max_tokens, labels=tuple(self.labels))
         return Asked(upload, [self.instruction or instruction, *self.also], options)
 
 
+FormBody = Annotated[AudioForm, Form(media_type="multipart/form-data")]
 _REPLIES: dict[int | str, dict[str, Any]] = RESPONSES | {
     200: {
         "description": "`text` answers the instruction; `answers` holds all that is known of it and of each `also`",
         "content": {
             "application/json": {"schema": {"type": "object", "required": ["text", "answers"]}},
             "text/plain": {"schema": {"type": "string"}},
-            "text/event-stream": {"schema": {"type": "string"}},
+            "text/event-stream": EVENTS,
         },
     }
 }
@@ -91,15 +94,18 @@ _REPLIES: dict[int | str, dict[str, Any]] = RESPONSES | {
 
 def routes(service: Service) -> APIRouter:
     """The two of them, which differ in what they ask unless told."""
-    router = APIRouter(prefix="/v1/audio", tags=["audio"])
-    FormBody = Annotated[AudioForm, Form(media_type="multipart/form-data")]
+    router = APIRouter(
+        prefix="/v1/audio",
+        tags=["audio"],
+        form_limits={"max_files": 1, "max_fields": MAX_FIELDS, "max_part_size": 4 * MAX_TEXT},
+    )
 
-    @router.post("/transcriptions", responses=_REPLIES, response_class=Response, form_limits=FORM_LIMITS)
+    @router.post("/transcriptions", responses=_REPLIES, response_class=Response)
     async def transcriptions(form: FormBody, request: Request) -> Response:
         """What is said, or what `instruction` asks for."""
         return await _respond(service, form, request, TRANSCRIBE)
 
-    @router.post("/translations", responses=_REPLIES, response_class=Response, form_limits=FORM_LIMITS)
+    @router.post("/translations", responses=_REPLIES, response_class=Response)
     async def translations(form: FormBody, request: Request) -> Response:
         """What is said, in English."""
         return await _respond(service, form, request, TRANSLATE)
@@ -157,25 +163,22 @@ def _tokens(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def _verbose(form: AudioForm, answers: Sequence[Answer]) -> dict[str, Any]:
-    first = answers[0]
+    first, told = answers[0], answers[0].to_dict()
     target = getattr(TASKS.get(first.task or ""), "target", None)  # of a translation
     code = target or (form.language or "").lower()
     verbose = {
         "task": first.task,
         "language": LANGUAGES.get(code, code or UNKNOWN_LANGUAGE).lower(),  # as Whisper names them: "german"
-        "duration": first.to_dict()["seconds_in"],
+        "duration": told["seconds_in"],
         **_json(answers),
-        "usage": {"type": "duration", "seconds": first.to_dict()["seconds_in"]},
+        "usage": {"type": "duration", "seconds": told["seconds_in"]},
     }
     wanted = form.timestamp_granularities or ["segment"]
     if "segment" in wanted:
         temperature = form.temperature or 0.0
         verbose["segments"] = [_segment(number, s, first, temperature) for number, s in enumerate(first.segments)]
     if "word" in wanted:
-        verbose["words"] = [
-            {"word": word.text, "start": word.start, "end": word.end, "confidence": word.confidence}
-            for word in first.words
-        ]
+        verbose["words"] = [{"word": word.pop("text"), **word} for word in told["words"]]
     return verbose
 
 
