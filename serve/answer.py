@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from serve.recording import Recording, Span
 from serve.search import Finish, Hypothesis
+from serve.speakers import link_speakers
 from speechllm.audio import STDIN
 from speechllm.checkpoint import Checkpoint
 from speechllm.errors import InputError
@@ -42,9 +43,9 @@ class Answer:
         seconds from the start of the file.
     words: of answers in words, in their order.
     label: the answer's label where the task has labels and all spans agree on it.
-    confidence: within [0, 1]; of a label its probability among those there are, of other answers the geometric mean of
-        the probabilities of their ids; both to the power of 1 / the checkpoint's ``confidence_temperature``. 1 when
-        the model was not asked, 0 when it was stopped before it said anything.
+    confidence: how sure it is that the answer is right as a whole, within [0, 1]: its probability among those that the
+        task allows, to the power of 1 / the checkpoint's ``confidence_temperature``; of several spans the geometric
+        mean. 1 when the model was not asked, 0 when it was stopped before it said anything.
     seconds_consumed: what was put before the model or found to hold no speech. Equal to seconds_in: no part of a file
         is passed over.
     finish_reason: "stop"; "length" when the answer of any span was cut at its longest; "repetition" when one said the
@@ -131,11 +132,12 @@ def assemble(
     """The answer about a recording from those about its spans, read back by the task ``reader``."""
     whole = _Whole()
     scores: list[float] = []
-    for one in spans:
-        parts = answer_parts(one.best.ids, checkpoint.vocabulary, checkpoint.text)
+    answers = [answer_parts(one.best.ids, checkpoint.vocabulary, checkpoint.text) for one in spans]
+    linked = link_speakers([one.span.voices for one in spans], answers)
+    for one, parts in zip(spans, linked, strict=True):
         parsed = reader.read(moved(parts, one.span.start))
-        chosen = one.best.logprobs
-        scores += [sum(chosen)] if chosen and isinstance(reader, Label) else chosen
+        if one.best.logprobs:
+            scores.append(sum(one.best.logprobs))
         if parsed.text:
             whole.texts.append(parsed.text)
             whole.labels.add(parsed.label)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from serve.answer import Answer, Failure, SpanAnswer, assemble, moved
-from serve.engine import Backend, Engine, Job, Request
+from serve.engine import Backend, BackendError, Engine, Job, Request
 from serve.kernel import Quantization
 from serve.recording import Recording, Span, listen
 from speechllm.checkpoint import Checkpoint
@@ -160,8 +160,11 @@ class Answerer:
 
         on_change: called in that thread whenever there is more of the answer, and when it is done; never for a
         recording of no speech, which is done at once.
-        Raises InputError for an instruction, shots or options that cannot be used.
+        Raises InputError for an instruction, shots or options that cannot be used, BackendError when the engine's
+        thread has ended by an error.
         """
+        if self._thread is not None and not self._thread.is_alive():
+            raise BackendError("the engine has stopped: restart the server")
         question = self._prepare(recording, instruction, shots, options, on_change)
         self._submit([question])
         return question
@@ -201,7 +204,7 @@ class Answerer:
         Raises InputError for instructions, shots or options that cannot be used, before any file is read.
         """
         asked = [instructions] if isinstance(instructions, str) else list(instructions)
-        nothing = Span(0.0, 0.0, torch.zeros(self.checkpoint.vocabulary.n_q, 0, dtype=torch.int64))
+        nothing = Span(0.0, 0.0, torch.zeros(self.checkpoint.vocabulary.n_q, 0, dtype=torch.int64), torch.empty(0))
         for instruction in asked:
             blank = Recording("", 0.0, 0.0, (), "", {})
             request = self._request(nothing, Question(self, blank, normalize_instruction(instruction), options), shots)

@@ -8,6 +8,7 @@ import typer
 
 from serve.ask import ask
 from serve.codes import app as codes_app
+from serve.export import export
 from serve.loading import Device, ModelOption, load
 from serve.plain_errors import plain_errors
 from serve.server import serve
@@ -41,6 +42,7 @@ def _options(
 
 app.command()(ask)
 app.command()(serve)
+app.command()(export)
 
 
 @app.command()

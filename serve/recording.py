@@ -12,17 +12,22 @@ import torch
 from torch import Tensor
 
 from serve.segmentation import is_silent, speech_spans
+from serve.speakers import measure_voices
 from speechllm.audio import read_audio, to_seconds
 from speechllm.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """A piece of a recording from ``start`` to ``end`` (seconds), and its codes: int64 ``[n_q, frames]``."""
+    """A piece of a recording from ``start`` to ``end`` (seconds), and its codes: int64 ``[n_q, frames]``.
+
+    voices: what is kept to know its speakers again, see :func:`serve.speakers.measure_voices`.
+    """
 
     start: float
     end: float
     codes: Tensor
+    voices: Tensor
 
     @property
     def seconds(self) -> float:
@@ -64,7 +69,8 @@ def listen(checkpoint: Checkpoint, source: str | Path | bytes, name: str) -> Rec
         with torch.inference_mode():
             codes = checkpoint.encode(wav[:, start:end])
         missed += max(0, end - start - codes.shape[1] * codec.hop_length)
-        spans.append(Span(to_seconds(start, rate), to_seconds(end, rate), codes))
+        voices = measure_voices(wav[:, start:end], rate)
+        spans.append(Span(to_seconds(start, rate), to_seconds(end, rate), codes, voices))
     return Recording(
         name=name,
         seconds=to_seconds(total, rate),

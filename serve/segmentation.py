@@ -22,10 +22,12 @@ PAD_SECONDS = 0.2  # kept on either side of speech: its onsets and tails are sof
 LONG_PAUSE_SECONDS = 1.0  # what lies on either side of it is answered apart, as in the clips the model was trained on
 CUT_SECONDS = 0.04  # speech without a pause is cut in the middle of its quietest stretch of this length
 LEVEL_SECONDS = 0.02
+_LEVELS = 1 << 13  # taken at a time
 
 _VAD_RATE = 16000  # Hz
 _WINDOW = 512  # samples, fixed by the detector
 _LANE, _WARM_UP = 938, 62  # windows: 30 s, and 2 s in front of them for the detector to settle
+_LANES = 32
 _MIN_VAD_PEAK = 0.5
 _LOCK = threading.Lock()  # the detector keeps a state from one window to the next
 
@@ -35,8 +37,14 @@ Span = tuple[int, int]
 def is_silent(wav: Tensor, sample_rate: int) -> bool:
     """Whether `wav` [1, samples] stays below SILENCE_DB throughout; a constant offset does not count."""
     size = max(1, min(to_samples(LEVEL_SECONDS, sample_rate), wav.shape[-1]))
-    power = F.avg_pool1d((wav - wav.mean()).square(), size, max(1, size // 2), ceil_mode=True)
-    return bool(power.max() < 10 ** (SILENCE_DB / 10))
+    stride, offset, total = max(1, size // 2), wav.mean(), wav.shape[-1]
+    block = stride * _LEVELS
+    for start in range(0, total, block):
+        piece = (wav[:, start : start + block + size] - offset).square()
+        power = F.avg_pool1d(piece, min(size, piece.shape[-1]), stride, ceil_mode=start + block + size >= total)
+        if power.max() >= 10 ** (SILENCE_DB / 10):
+            return False
+    return True
 
 
 def speech_spans(wav: Tensor, sample_rate: int, max_seconds: float) -> list[Span]:
@@ -78,17 +86,22 @@ def speech_probabilities(wav: Tensor, sample_rate: int) -> Tensor:
     hour of audio would take ten times as long.
     """
     signal = resample(wav[0], sample_rate, _VAD_RATE)  # [samples]
-    signal = signal * max(1.0, _MIN_VAD_PEAK / float(signal.abs().max().clamp_min(1e-6)))  # it misses faint speech
+    peak = max(float(signal.max()), -float(signal.min()), 1e-6)
+    gain = max(1.0, _MIN_VAD_PEAK / peak)  # it misses faint speech
     windows = -(-len(signal) // _WINDOW)
     length = min(windows, _LANE)
-    lanes = -(-windows // length)
-    signal = F.pad(signal, (_WARM_UP * _WINDOW, lanes * length * _WINDOW - len(signal)))
-    lane = signal.unfold(0, (_WARM_UP + length) * _WINDOW, length * _WINDOW)  # [lanes, samples]
-    with _LOCK, _one_thread(), torch.inference_mode():
-        detector = _detector()
-        detector.reset_states()
-        steps = [detector(lane[:, i : i + _WINDOW], _VAD_RATE) for i in range(0, lane.shape[1], _WINDOW)]
-    return torch.cat(steps[_WARM_UP:], dim=1).reshape(-1)[:windows]  # each step is [lanes, 1]
+    probabilities = []
+    for first in range(0, windows, _LANES * length):  # windows; a few lanes at a time bound the memory
+        lanes = min(_LANES, -(-(windows - first) // length))
+        start, stop = (first - _WARM_UP) * _WINDOW, (first + lanes * length) * _WINDOW
+        piece = gain * F.pad(signal[max(0, start) : stop], (max(0, -start), max(0, stop - len(signal))))
+        lane = piece.unfold(0, (_WARM_UP + length) * _WINDOW, length * _WINDOW)  # [lanes, samples]
+        with _LOCK, _one_thread(), torch.inference_mode():
+            detector = _detector()
+            detector.reset_states()
+            steps = [detector(lane[:, i : i + _WINDOW], _VAD_RATE) for i in range(0, lane.shape[1], _WINDOW)]
+        probabilities.append(torch.cat(steps[_WARM_UP:], dim=1).reshape(-1))  # each step is [lanes, 1]
+    return torch.cat(probabilities)[:windows]
 
 
 def _speech(wav: Tensor, sample_rate: int) -> list[Span]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,9 +14,14 @@ from serve.loading import (
     DeviceOption,
     ModelOption,
     QuantizeOption,
+    load,
     make_answerer,
 )
 from serve.plain_errors import plain_errors
+
+if TYPE_CHECKING:
+    from serve.answerer import Answerer
+    from speechllm.checkpoint import Checkpoint
 
 MEGABYTE = 1 << 20
 
@@ -27,6 +32,12 @@ def serve(
     device: DeviceOption = Device.auto,
     quantize: QuantizeOption = None,
     batch: BatchOption = 16,
+    vllm: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="A vLLM server that decodes, of what `speechllm export` wrote."),
+    ] = None,
+    vllm_name: Annotated[str | None, typer.Option(help="What it calls the model; without it, as exported.")] = None,
+    vllm_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="Its API key.")] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 is reachable by others, and wants an API key.")
     ] = "127.0.0.1",
@@ -74,4 +85,22 @@ def serve(
             cache=cache,
             cache_bytes=cache_mb * MEGABYTE,
         )
-        run(make_answerer(model, device, adapter, batch, quantize), settings)
+        if vllm:
+            answerer = _through_vllm(load(model, Device.cpu, adapter), adapter, batch, vllm, vllm_name, vllm_key)
+        else:
+            answerer = make_answerer(model, device, adapter, batch, quantize)
+        run(answerer, settings)
+
+
+def _through_vllm(
+    checkpoint: Checkpoint, adapter: str | None, batch: int, url: str, name: str | None, key: str | None
+) -> Answerer:
+    """Audio, prompts and the reading of answers here; decoding there."""
+    from serve.answerer import Answerer
+    from serve.export import served_name
+    from serve.vllm import VllmBackend
+
+    vocabulary, positions = checkpoint.vocabulary, checkpoint.lm.config.max_position_embeddings
+    served = name or served_name(checkpoint, adapter)
+    backend = VllmBackend(url, served, vocabulary.end, vocabulary.size, positions, batch, key)
+    return Answerer(checkpoint, batch, backend=backend)

@@ -6,6 +6,7 @@ Throughout the project `wav` is float32 [channels, samples], nominally within [-
 import io
 import math
 import sys
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
@@ -24,6 +25,7 @@ _BLOCK = 1 << 20  # samples per channel read at a time: mixing down as we read k
 _SUBTYPES = {".wav": "PCM_16", ".flac": "PCM_16"}
 # Entries of the resampling kernel: about the product of the reduced ratio's terms, 700 million for 44101 -> 16000 Hz.
 _MAX_KERNEL = 1 << 23
+_FILTER_REACH = 8  # samples at the lower of both rates that the filter of `resample` sees to either side, and one more
 
 
 def to_samples(seconds: float, rate: float) -> int:
@@ -47,13 +49,12 @@ def read_audio(source: str | Path | BinaryIO, sample_rate: int) -> Tensor:
     """
     name, file = _locate(source)
     try:
-        wav, file_rate = _read_mono(file, name)
+        return _read_mono(file, name, sample_rate)
     except soundfile.LibsndfileError as error:
         raise InputError(
             f"{name}: not audio that can be read ({error.error_string.rstrip('.')}); use wav, flac, ogg, opus or mp3, "
             "or convert it first: ffmpeg -i INPUT output.wav"
         ) from error
-    return resample(wav, file_rate, sample_rate)
 
 
 def write_audio(path: str | Path, wav: Tensor, sample_rate: int) -> None:
@@ -128,29 +129,55 @@ def _buffered(name: str, file: BinaryIO) -> io.BytesIO:
     return io.BytesIO(content)
 
 
-def _read_mono(source: str | BinaryIO, name: str) -> tuple[Tensor, int]:
-    """The mean of all channels, float32 [1, samples], and the file's own rate in Hz."""
+def _read_mono(source: str | BinaryIO, name: str, sample_rate: int) -> Tensor:
+    """The mean of all channels, float32 [1, samples] at `sample_rate` Hz."""
     source = prepare(source, name)
-    blocks: list[np.ndarray] = []
-    samples = 0
     with soundfile.SoundFile(source) as file:
-        rate = file.samplerate
-        while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
-            with np.errstate(over="ignore", invalid="ignore"):
-                mono = block.mean(axis=1)
-            finite = np.isfinite(mono)
-            if not finite.all():
-                first = samples + int(np.argmin(finite))
-                raise InputError(
-                    f"{name}: holds NaN or infinite samples, the first at {to_seconds(first, rate):.3f} s; "
-                    "export the file again"
-                )
-            blocks.append(mono)
-            samples += len(mono)
-        check_whole(source, file, samples, name)
+        return _resampled(_mono_blocks(file, source, name), file.samplerate, sample_rate).unsqueeze(0)
+
+
+def _resampled(blocks: Iterator[Tensor], orig_rate: int, new_rate: int) -> Tensor:
+    """Blocks [samples] of one recording, together at another rate: what `resample` makes of the whole, to rounding.
+
+    At its own rate, a recording is held for the length of a block only.
+    """
+    ratio = Fraction(new_rate, orig_rate)
+    period, new_period = ratio.denominator, ratio.numerator
+    if orig_rate == new_rate or period * new_period > _MAX_KERNEL:
+        return resample(torch.cat(list(blocks)), orig_rate, new_rate)
+    reach = _FILTER_REACH * (1 + period // new_period)  # samples on either side that a new one depends on
+    context = period * -(-reach // period)
+    pieces: list[Tensor] = []
+    held, lead = torch.zeros(0), 0  # what is still needed; of that, samples that are context alone
+    for block in blocks:
+        held = torch.cat([held, block])
+        stop = lead + max(0, len(held) - lead - context) // period * period
+        new = resample(held[: stop + context], orig_rate, new_rate)
+        pieces.append(new[lead * new_period // period : stop * new_period // period].clone())
+        kept = min(stop, context)
+        held, lead = held[stop - kept :], kept
+    new = resample(held, orig_rate, new_rate)
+    return torch.cat([*pieces, new[lead * new_period // period :]])
+
+
+def _mono_blocks(file: soundfile.SoundFile, source: str | BinaryIO, name: str) -> Iterator[Tensor]:
+    """The mean of all channels, [samples], a block at a time."""
+    rate, samples = file.samplerate, 0
+    while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
+        with np.errstate(over="ignore", invalid="ignore"):
+            mono = block.mean(axis=1)
+        finite = np.isfinite(mono)
+        if not finite.all():
+            first = samples + int(np.argmin(finite))
+            raise InputError(
+                f"{name}: holds NaN or infinite samples, the first at {to_seconds(first, rate):.3f} s; "
+                "export the file again"
+            )
+        samples += len(mono)
+        yield torch.from_numpy(mono)
+    check_whole(source, file, samples, name)
     if not samples:
         raise InputError(f"{name}: holds 0 samples of audio")
-    return torch.from_numpy(np.concatenate(blocks)).unsqueeze(0), rate
 
 
 def _reason(error: Exception) -> str:

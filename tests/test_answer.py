@@ -12,6 +12,7 @@ import torch
 from serve.answer import Answer, Failure, SpanAnswer, assemble
 from serve.recording import Recording, Span
 from serve.search import Finish, Hypothesis
+from serve.speakers import SIZE
 from speechllm.checkpoint import Checkpoint, load_checkpoint
 from speechllm.errors import InputError
 from speechllm.prompt import Example, render
@@ -20,6 +21,7 @@ from speechllm.tasks.labels import Choice
 from speechllm.vocabulary import Vocabulary
 
 NO_CODES = torch.zeros(1, 0, dtype=torch.int64)
+NO_VOICES = torch.zeros(0, SIZE)
 KEYS = [
     *("file", "instruction", "task", "text", "segments", "words", "label", "slots", "confidence"),
     *("seconds_in", "seconds_consumed", "finish_reason", "model", "tokens_in", "tokens_out", "timings"),
@@ -46,7 +48,9 @@ def said(
     scores = [logprobs] * len(chosen) if isinstance(logprobs, float) else list(logprobs)
     assert len(scores) == len(chosen)
     words = chosen[:-1] if finish == "stop" else chosen
-    return SpanAnswer(Span(start, start + 2, NO_CODES), 10, Hypothesis(tuple(words), tuple(scores), None), finish)
+    return SpanAnswer(
+        Span(start, start + 2, NO_CODES, NO_VOICES), 10, Hypothesis(tuple(words), tuple(scores), None), finish
+    )
 
 
 def whole(checkpoint: Checkpoint, reader: str | Task, *spans: SpanAnswer, min_confidence: float = 0.0) -> Answer:
@@ -106,12 +110,12 @@ def test_words_are_as_sure_as_their_pieces_together(checkpoint: Checkpoint, text
     assert (answer.words[0].start, answer.words[0].end) == (None, None)
 
 
-def test_confidence_of_words_is_the_geometric_mean_over_all_ids(checkpoint: Checkpoint) -> None:
+def test_confidence_is_the_probability_of_a_whole_answer(checkpoint: Checkpoint) -> None:
     spans = [said(checkpoint, "yes", -0.2), said(checkpoint, "no", -0.7, finish="length", start=3.0)]
-    scores = [p for one in spans for p in one.best.logprobs]
-    answer = whole(checkpoint, "transcribe", *spans)
-    assert answer.confidence == pytest.approx(math.exp(sum(scores) / len(scores)))
-    assert len({*scores}) == 2
+    sums = [sum(one.best.logprobs) for one in spans]
+    assert whole(checkpoint, "transcribe", spans[0]).confidence == pytest.approx(math.exp(sums[0]))
+    assert whole(checkpoint, "transcribe", *spans).confidence == pytest.approx(math.exp(sum(sums) / 2))
+    assert len({*sums}) == 2
 
 
 def test_confidence_of_a_label_is_its_probability(checkpoint: Checkpoint) -> None:
@@ -169,7 +173,7 @@ def test_nothing_said_is_no_speech(checkpoint: Checkpoint) -> None:
 @pytest.mark.parametrize("reader", ["transcribe", "emotion"])
 @pytest.mark.parametrize("finish", ["timeout", "cancelled"])
 def test_what_was_stopped_before_its_first_id_is_not_sure(checkpoint: Checkpoint, reader: str, finish: Finish) -> None:
-    stopped = SpanAnswer(Span(0.0, 2.0, NO_CODES), 10, Hypothesis((), (), None), finish)
+    stopped = SpanAnswer(Span(0.0, 2.0, NO_CODES, NO_VOICES), 10, Hypothesis((), (), None), finish)
     for min_confidence in (0.0, 0.5):
         answer = whole(checkpoint, reader, stopped, min_confidence=min_confidence)
         assert (answer.text, answer.confidence, answer.finish_reason) == ("", 0.0, finish)
@@ -189,7 +193,8 @@ def test_an_answer_less_sure_than_asked_for_is_withheld(checkpoint: Checkpoint) 
 
 def test_to_dict_is_the_contract(checkpoint: Checkpoint) -> None:
     parts = (Speaker(1), Time(0.04), "hi", Time(1.0))
-    answer = whole(checkpoint, "diarize", said(checkpoint, parts, -1 / 3, start=0.33333))
+    one = said(checkpoint, parts, -1 / 3, start=0.33333)
+    answer = whole(checkpoint, "diarize", one)
     told = answer.to_dict()
     assert list(told) == KEYS
     assert json.loads(json.dumps(told)) == told
@@ -197,7 +202,7 @@ def test_to_dict_is_the_contract(checkpoint: Checkpoint) -> None:
     assert told["words"] == [
         {"text": "hi", "confidence": told["words"][0]["confidence"], "start": 0.3733, "end": 1.3333}
     ]
-    assert told["confidence"] == round(math.exp(-1 / 3), 4)
+    assert told["confidence"] == round(math.exp(sum(one.best.logprobs)), 4)
     assert told["timings"] == {"read": 0.25, "encode": 0.5, "queue": 1.0}
 
 

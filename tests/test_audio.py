@@ -13,6 +13,7 @@ import soundfile
 import torch
 from torch import Tensor
 
+from speechllm import audio
 from speechllm.audio import read_audio, resample, to_samples, to_seconds, write_audio
 from speechllm.errors import InputError
 
@@ -125,6 +126,17 @@ def test_longer_than_one_block(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(-32768, 32767, (1 << 20) + 1234, dtype=np.int16)
     soundfile.write(path, values, RATE)
     assert torch.equal(read_audio(path, RATE)[0], torch.from_numpy(values.astype(np.float32) / 32768))
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 16000, 22050, 44100, 48000, 44101])
+def test_blocks_are_resampled_as_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: int) -> None:
+    monkeypatch.setattr(audio, "_BLOCK", 1000)
+    for samples in (1, 999, 1000, 12345):
+        wav = np.random.default_rng(samples).uniform(-0.5, 0.5, samples).astype(np.float32)
+        soundfile.write(tmp_path / "a.wav", wav, rate, subtype="FLOAT")
+        for new_rate in (RATE, 24000, 44100):
+            whole = resample(torch.from_numpy(wav)[None], rate, new_rate)
+            torch.testing.assert_close(read_audio(tmp_path / "a.wav", new_rate), whole, atol=1e-6, rtol=0)
 
 
 def test_standard_input() -> None:

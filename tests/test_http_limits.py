@@ -286,7 +286,7 @@ def test_many_large_uploads_at_once(shipped: Checkpoint) -> None:
             connection.close()
         wait_until(lambda: server.service.places.bytes == 0)
         assert server.post(files={"file": CLIP.read_bytes()}).status_code == 200
-        assert server.service.places.bytes == 0
+        wait_until(lambda: server.service.places.bytes == 0)
 
 
 def test_what_decodes_to_hours_is_refused_before_it_is_decoded(server: Running) -> None:
@@ -358,17 +358,16 @@ def test_a_client_that_goes_leaves_nothing_running(server: Running, stream: str)
     request = httpx.Request(
         "POST",
         f"{server.url}/v1/audio/transcriptions",
-        files={"file": joined([CLIP] * 6)},
+        files={"file": joined([CLIP] * 12)},
         data=MANY | {"stream": stream},
     )
     head = f"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(request.read())}\r\n"
     connection = raw(server, f"{head}Content-Type: {request.headers['content-type']}\r\n\r\n".encode(), request.read())
     if stream == "true":
         assert b"transcript.text.delta" in connection.recv(100_000) + connection.recv(100_000)
-    pieces = 6 * 21  # of which few can have been answered
-    wait_until(lambda: server.answerer.waiting > 0.8 * pieces)
+    wait_until(lambda: server.answerer.waiting > 20)
     connection.close()
-    wait_until(lambda: idle(server), 1)
+    wait_until(lambda: idle(server), 2)  # all of it would take several times as long
     gone = server.metric('requests_total{route="/v1/audio/transcriptions",status="499"}')
     assert gone == (0 if stream == "true" else 1)  # a stream had its status already
     assert server.post(files={"file": CLIP.read_bytes()}).json()["finish_reason"] == "stop"

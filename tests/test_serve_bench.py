@@ -13,8 +13,8 @@ from conftest import RATE, require_engine
 
 from serve import bench, bench_peers
 from serve.bench import Scale
-from serve.bench_peers import Whisper, make_peers
-from serve.bench_report import HUGGING_FACE, INT8, OURS, PLAIN, machine_line, write_report
+from serve.bench_peers import PocketSphinx, Whisper, make_peers
+from serve.bench_report import HUGGING_FACE, INT8, OURS, PLAIN, as_markdown, machine_line, write_report
 from serve.bench_runs import Clips, Decoding, ask_program, in_turns
 from speechllm.checkpoint import load_checkpoint
 from speechllm.errors import InputError
@@ -96,10 +96,11 @@ def test_another_answer_is_noticed(decoding: Decoding) -> None:
 def test_whispers_make_as_many_ids_as_they_are_asked_for(clips: Clips, monkeypatch: pytest.MonkeyPatch) -> None:
     peers, missing = make_peers(1)
     assert len(peers) + len(missing) == 3
-    files = [clips.next(1.0), clips.next(2.0)]
-    for peer in peers.values():
-        for tokens in (1, 2, 3, 7):
-            peer.answer(files, tokens)  # which checks how many there are
+    files = [clips.next(0.5), clips.next(1.0)]
+    for tokens in (1, 2, 3, 7):
+        for peer in peers.values():
+            if not isinstance(peer, PocketSphinx):
+                peer.answer(files, tokens)  # which checks how many there are
     whisper = next(peer for peer in peers.values() if isinstance(peer, Whisper))
     steps: list[Any] = []
     whisper.model.model.decoder.register_forward_hook(lambda *given: steps.append(given[0]))
@@ -128,11 +129,11 @@ def test_everything_is_measured_and_reported(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "ask_program", lambda files, *_: (4.2, 100.0 * len(files)))  # has a test of its own
-    result = bench.measure(tiny_checkpoint, tmp_path, Scale((1.0, 2.0), (1, 2), (1, 3), (1, 2), 2), 1, 1)
+    result = bench.measure(tiny_checkpoint, tmp_path, Scale((1.0,), (1, 2), (1, 3), (1, 2), 2), 1, 1)
     assert [row["batch"] for row in result["decoding"]] == [1, 2]
     assert [row["concurrent"] for row in result["throughput"]] == [1, 3]
     assert [row["questions"] for row in result["questions"]] == [1, 2]
-    assert [(row["seconds"], row["clips"]) for row in result["peers"]] == [(1.0, 1), (2.0, 1), (None, 2)]
+    assert [(row["seconds"], row["clips"]) for row in result["peers"]] == [(1.0, 1), (None, 2)]
     assert (result["cold_start"], result["megabytes"]) == (4.2, {1: 100.0, 3: 300.0})
     for row in result["latency"]:
         assert 0 < row["first"] <= row["last"] == row["real_time_factor"] * row["seconds"]
@@ -146,7 +147,7 @@ def test_everything_is_measured_and_reported(
     assert "differ" not in markdown
     assert (tmp_path / "bench.png").stat().st_size > 5000
     result["decoding"][0]["ways"][OURS]["same_answers"] = 0
-    assert "**Answers differ" in write_report(tmp_path, result)
+    assert "**Answers differ" in as_markdown(result)
 
 
 def test_a_busy_machine_is_told_about() -> None:

@@ -51,13 +51,23 @@ def create_app(answerer: Answerer, settings: ServerSettings) -> FastAPI:
     app.include_router(chat.routes(service))
     _add_reports(app, service)
     if _PAGE_FOLDER.is_dir():
-        app.mount(PAGE.rstrip("/"), StaticFiles(directory=_PAGE_FOLDER, html=True), "page")
+        app.mount(PAGE.rstrip("/"), _Page(directory=_PAGE_FOLDER, html=True), "page")
 
         @app.get("/", include_in_schema=False)
         async def front() -> Response:
             return Response(status_code=307, headers={"Location": PAGE})
 
     return app
+
+
+class _Page(StaticFiles):
+    """Asked for anew at every visit, so that its modules are of one version; in nobody else's frame."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers["Cache-Control"] = "no-cache"
+        response.headers["Content-Security-Policy"] = "frame-ancestors 'none'"
+        return response
 
 
 def run(answerer: Answerer, settings: ServerSettings) -> None:
