@@ -2,6 +2,7 @@
 # make test     install with the developer's tools, and run the tests
 # make check    ruff, format, types
 # make bench    speed of answering and of training on this machine
+# make stress   a server under load for two minutes, and all that can go wrong with clients
 # make clean    remove .venv and everything generated
 #
 # PyPI's torch for Linux brings CUDA libraries (several GB). Where they are not wanted, name an index of CPU wheels:
@@ -13,13 +14,13 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 TORCH := $(shell sed -n 's/^ *"\(torch[<>=][^"]*\)",$$/\1/p' pyproject.toml)
 
-.PHONY: run test check bench clean
+.PHONY: run test check bench stress clean
 
 run: .venv/.run-stamp
 	$(BIN)/speechllm ask "Transcribe this audio" prompts/clips/transcribe-1.wav
 
 test: .venv/.dev-stamp
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
 
 check: .venv/.dev-stamp
 	$(BIN)/ruff check .
@@ -29,6 +30,10 @@ check: .venv/.dev-stamp
 bench: .venv/.bench-stamp
 	$(BIN)/python -m serve.bench
 	$(BIN)/python -m train.bench
+
+stress: .venv/.dev-stamp
+	$(BIN)/python tests/stress/http_load.py
+	$(BIN)/python tests/stress/http_faults.py
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -101,6 +101,7 @@ class Answerer:
         if batch_size < 1:
             raise InputError(f"the batch size must be 1 or more, not {batch_size}")
         self.checkpoint = checkpoint
+        self.quantize = quantize
         self._batch_size = batch_size
         self._engine = backend or Engine(checkpoint.lm, checkpoint.vocabulary.end, batch_size, quantize)
         self._grammars = Grammars(checkpoint.vocabulary, checkpoint.text)
@@ -156,7 +157,19 @@ class Answerer:
         options: Options = GREEDY,
         on_change: Callable[[Question], None] | None = None,
     ) -> Question:
-        """Ask something about a recording. The question is answered by the engine's thread, or by :meth:`drive`.
+        """Ask something about a recording, see :meth:`pose_all`."""
+        return self.pose_all(recording, [instruction], shots, options, on_change)[0]
+
+    def pose_all(
+        self,
+        recording: Recording,
+        instructions: Sequence[str],
+        shots: Sequence[Example] = (),
+        options: Options = GREEDY,
+        on_change: Callable[[Question], None] | None = None,
+    ) -> list[Question]:
+        """Ask several things about a recording, or none where one of them cannot be asked. They are answered by the
+        engine's thread, or by :meth:`drive`.
 
         on_change: called in that thread whenever there is more of the answer, and when it is done; never for a
         recording of no speech, which is done at once.
@@ -165,9 +178,12 @@ class Answerer:
         """
         if self._thread is not None and not self._thread.is_alive():
             raise BackendError("the engine has stopped: restart the server")
-        question = self._prepare(recording, instruction, shots, options, on_change)
-        self._submit([question])
-        return question
+        questions = [self._prepare(recording, one, shots, options, on_change) for one in instructions]
+        # all that is asked about a span at once: the engine has then not yet forgotten it
+        for jobs in zip(*(question._jobs for question in questions), strict=True):
+            for _, job in jobs:
+                self._engine.submit(job)
+        return questions
 
     def _prepare(
         self,
@@ -183,12 +199,6 @@ class Answerer:
             job = self._engine.prepare(self._request(span, question, shots), told)
             question._jobs.append((span, job))
         return question
-
-    def _submit(self, questions: Sequence[Question]) -> None:
-        """All that is asked about a span at once: the engine has then not yet forgotten it."""
-        for jobs in zip(*(question._jobs for question in questions), strict=True):
-            for _, job in jobs:
-                self._engine.submit(job)
 
     def ask(
         self,
@@ -219,10 +229,7 @@ class Answerer:
             for file in files:
                 try:
                     recording = self.listen(file)
-                    # of a file that one of them does not fit, none is answered
-                    questions = [self._prepare(recording, text, shots, options) for text in instructions]
-                    self._submit(questions)
-                    asked += questions
+                    asked += self.pose_all(recording, instructions, shots, options)
                 except InputError as error:
                     asked.append(Failure.of(file, error))
                 while self.waiting + self.running >= self._batch_size:

@@ -32,7 +32,8 @@ from speechllm.checkpoint import Checkpoint
 from speechllm.grammar import Grammar
 from speechllm.prompt import Example, render
 
-EXPERTS = ("eager", "grouped_mm", "batched_mm")  # transformers' ways to compute a mixture on a CPU
+# transformers' ways to compute a mixture; batched_mm copies weights for each position, 20 times as slow for a prompt
+EXPERTS = ("eager", "grouped_mm")
 
 WHISPER_RATE = 16000  # Hz
 # of whisper-tiny; it hears 30 s, 20 ms a position, and silence where there is less

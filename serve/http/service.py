@@ -250,16 +250,15 @@ class Exchange:
                     service.metrics.looked_up(found[number] is not None)
         self._keys = keys
         answerer = service.answerer
-        for instruction, answer in zip(asked.instructions, found, strict=True):
-            if answer is None:
-                shots = [answerer.shot(sounds[s.upload].recording, s.instruction, s.answer) for s in asked.shots]
-                options = replace(asked.options, timeout=max(0.001, self._left()))
-                self._results.append(answerer.pose(sound.recording, instruction, shots, options, self._on_change))
-            else:
-                self._results.append(answer)
-            if self._closed.is_set():
-                self._cancel()  # the client went meanwhile
-                return
+        posed: list[Question] = []
+        if None in found:
+            new = [instruction for instruction, answer in zip(asked.instructions, found, strict=True) if answer is None]
+            shots = [answerer.shot(sounds[s.upload].recording, s.instruction, s.answer) for s in asked.shots]
+            options = replace(asked.options, timeout=max(0.001, self._left()))
+            posed = answerer.pose_all(sound.recording, new, shots, options, self._on_change)
+        self._results += [answer or posed.pop(0) for answer in found]
+        if self._closed.is_set():
+            self._cancel()  # the client went meanwhile
 
 
 def _settled(result: Question | Answer) -> str:
