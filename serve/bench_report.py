@@ -137,30 +137,36 @@ def as_markdown(result: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _ratios(result: dict[str, Any]) -> dict[str, float]:
+    """How many times as fast ours is as what."""
+    ratios = {}
+    for key, what in (("later_ids_per_second", "decoding"), ("ids_per_second", "with the prompt")):
+        for batch in result["decoding"]:
+            own, other = (batch["ways"][name][key] for name in (OURS, HUGGING_FACE))
+            if own and other:
+                ratios[f"{HUGGING_FACE}, {what}, batch {batch['batch']}"] = own / other
+    last, kind = result["questions"][-1], result["peers"][-1]
+    ratios[f"{last['questions']} questions, one by one"] = last["one_by_one"] / last["together"]
+    factors = kind["real_time_factors"]
+    return ratios | {f"{name}, {kind['clips']} clips": factors[name] / factors[OURS] for name in result["computes"]}
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
     """Ratios as bars, clips a second against how many come at once, seconds to the answer by length."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2))
-    ratios = {}
-    for batch in result["decoding"]:
-        own, other = batch["ways"][OURS], batch["ways"][HUGGING_FACE]
-        ratios[f"{HUGGING_FACE}, batch {batch['batch']}"] = own["ids_per_second"] / other["ids_per_second"]
-    last = result["questions"][-1]
-    ratios[f"{last['questions']} questions, one by one"] = last["one_by_one"] / last["together"]
-    kind = result["peers"][-1]
-    for name in result["computes"]:
-        factors = kind["real_time_factors"]
-        ratios[f"{name}, {kind['clips']} clips"] = factors[name] / factors[OURS]
-    bars = left.barh(list(ratios), list(ratios.values()))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), width_ratios=(1.2, 1, 1.2))
+    ratios = _ratios(result)
+    bars = left.barh(list(ratios), [ratio - 1 for ratio in ratios.values()], left=1)
     left.bar_label(bars, [f"{ratio:.1f}×" for ratio in ratios.values()], padding=2, fontsize=8)
     left.invert_yaxis()
     left.axvline(1, color="0.3", linewidth=0.8)
     left.set(xscale="log", xlabel="times as fast as")
-    left.margins(x=0.2)
+    left.margins(x=0.15)
     left.tick_params(axis="y", labelsize=8)
 
     rows = result["throughput"]
     middle.plot([row["concurrent"] for row in rows], [row["clips_per_second"] for row in rows], "o-")
-    middle.set(xscale="log", xlabel="clips at once", ylabel="clips per second", ylim=(0, None))
+    middle.set(xscale="log", xlabel="clips at once", ylabel="clips per second")
+    middle.set_ylim(0, 1.1 * max(row["clips_per_second"] for row in rows))
     middle.set_xticks([row["concurrent"] for row in rows], [str(row["concurrent"]) for row in rows])
     middle.minorticks_off()
 
@@ -175,7 +181,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     right.set(xscale="log", yscale="log", xlabel="seconds of audio", ylabel="seconds to the answer")
     right.set_xticks(lengths, [f"{length:g}" for length in lengths])
     right.minorticks_off()
-    right.legend(fontsize=7)
+    right.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

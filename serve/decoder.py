@@ -8,6 +8,7 @@ from typing import Any
 import speechllm._torchaudio  # noqa: F401  # before transformers, whose models import torchaudio
 
 # isort: split
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
@@ -17,7 +18,7 @@ from speechllm.errors import InputError
 from speechllm.model import SDPA
 
 MAX_POSITIONS = 8192  # of a sequence, where a model has more: each slot takes memory for all of its positions
-SHORT = 32  # ids that the kernel takes in sooner than the model's own forward pass
+SHORT = 64  # ids that the kernel takes in sooner than the model's own forward pass
 
 
 class Decoder:
@@ -47,8 +48,7 @@ class Decoder:
             )
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         shape = (config.num_hidden_layers, slots, heads, self.positions, head_dim(lm))
-        # memory that is not written to is not taken on Linux: empty slots cost nothing
-        self.keys, self.values = (torch.zeros(shape, dtype=lm.dtype, device=lm.device) for _ in range(2))
+        self.keys, self.values = (_zeros(shape, lm) for _ in range(2))
         self._cache = _SlotCache(self.keys, self.values)
         self._lm = dequantized(lm) if quantization else lm
         self._kernel = Kernel(self._lm, self.keys, self.values, quantization) if compiled else None
@@ -110,6 +110,13 @@ class Decoder:
             **self._options,
         )
         return output.logits[:, -1].float()
+
+
+def _zeros(shape: tuple[int, ...], lm: PreTrainedModel) -> Tensor:
+    """In the LM's type, where it is. NumPy leaves to the system what is not written to: empty slots take no memory."""
+    if lm.device.type == "cpu" and lm.dtype == torch.float32:
+        return torch.from_numpy(np.zeros(shape, np.float32))
+    return torch.zeros(shape, dtype=lm.dtype, device=lm.device)
 
 
 class _SlotCache(Cache):

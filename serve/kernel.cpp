@@ -13,9 +13,14 @@
 namespace {
 
 constexpr int LANES = 16;
+constexpr int ROWS = 2, COLUMNS = 4;  // of a product at a time: the registers hold their sums
+constexpr int FEW = 5;  // sequences, for which weights are best read row by row, in the order of memory
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int16_t Shorts __attribute__((vector_size(2 * LANES), aligned(2)));
+typedef int8_t Bytes __attribute__((vector_size(LANES), aligned(1)));
 
 enum Type : int32_t { FLOAT32, BFLOAT16, INT8 };
 
@@ -49,58 +54,82 @@ struct Model {
 
 namespace {
 
-inline float total(Floats v) {
-  float sum = 0;
-  for (int i = 0; i < LANES; i++) sum += v[i];
-  return sum;
-}
-
 inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
 
-// A row of a matrix as floats: itself, or unpacked into `buffer`.
-const float* unpacked(const Matrix& m, int row, float* buffer) {
-  const size_t start = size_t(row) * m.columns;
-  if (m.type == FLOAT32) return static_cast<const float*>(m.data) + start;
-  if (m.type == BFLOAT16) {
-    const uint16_t* from = static_cast<const uint16_t*>(m.data) + start;
-    for (int i = 0; i < m.columns; i += LANES) {
-      const Words bits = __builtin_convertvector(*reinterpret_cast<const Halves*>(from + i), Words) << 16;
-      std::memcpy(buffer + i, &bits, sizeof bits);
-    }
-  } else {
-    const int8_t* from = static_cast<const int8_t*>(m.data) + start;
-    for (int i = 0; i < m.columns; i++) buffer[i] = from[i];
-  }
-  return buffer;
+// LANES weights as floats.
+inline Floats unpacked(const float* from) { return load(from); }
+inline Floats unpacked(const uint16_t* from) {
+  const Words bits = __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16;
+  Floats floats;
+  std::memcpy(&floats, &bits, sizeof bits);
+  return floats;
+}
+inline Floats unpacked(const int8_t* from) {
+  const Shorts shorts = __builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Shorts);
+  return __builtin_convertvector(__builtin_convertvector(shorts, Integers), Floats);
 }
 
-// Dot products of a row with K sequences, which share what is loaded of it. The order of the sums does not depend on K:
-// a sequence gets the same numbers in any company.
-template <int K>
-void dot(const float* row, const float* x, int size, float scale, float* out, size_t stride) {
-  Floats even[K] = {}, odd[K] = {};
-  int i = 0;
-  for (; i + 2 * LANES <= size; i += 2 * LANES)
-    for (int k = 0; k < K; k++) {
-      even[k] += load(row + i) * load(x + size_t(k) * size + i);
-      odd[k] += load(row + i + LANES) * load(x + size_t(k) * size + i + LANES);
-    }
-  for (int k = 0; k < K; k++) {
-    if (i < size) even[k] += load(row + i) * load(x + size_t(k) * size + i);
-    out[k * stride] = scale * total(even[k] + odd[k]);
+// In halves: one number after the other, each addition would wait for the one before it.
+template <int N = LANES, typename V>
+inline float total(V v) {
+  if constexpr (N == 2) {
+    return v[0] + v[1];
+  } else {
+    typedef float Half __attribute__((vector_size(2 * N)));
+    Half low, high;
+    std::memcpy(&low, &v, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return total<N / 2>(low + high);
   }
+}
+
+// Dot products of R rows with K sequences, each weight read once. The order of the sums depends on neither: a sequence
+// gets the same numbers in any company.
+template <typename T, int R, int K>
+void dots(const T* rows, const float* scale, const float* x, size_t size, float* out, size_t stride) {
+  Floats even[R][K] = {}, odd[R][K] = {};
+  size_t i = 0;
+  for (; i + 2 * LANES <= size; i += 2 * LANES)
+    for (int r = 0; r < R; r++) {
+      const T* row = rows + r * size + i;
+      const Floats first = unpacked(row), second = unpacked(row + LANES);
+      for (int k = 0; k < K; k++) {
+        even[r][k] += first * load(x + k * size + i);
+        odd[r][k] += second * load(x + k * size + i + LANES);
+      }
+    }
+  for (int k = 0; k < K; k++)
+    for (int r = 0; r < R; r++) {
+      if (i < size) even[r][k] += unpacked(rows + r * size + i) * load(x + k * size + i);
+      out[k * stride + r] = (scale ? scale[r] : 1.0f) * total(even[r][k] + odd[r][k]);
+    }
+}
+
+template <typename T, int R>
+void rows_times(const T* rows, const float* scale, const float* x, int n, size_t size, float* out, size_t stride) {
+  for (; n >= COLUMNS; n -= COLUMNS, x += COLUMNS * size, out += COLUMNS * stride)
+    dots<T, R, COLUMNS>(rows, scale, x, size, out, stride);
+  if (n == 3) dots<T, R, 3>(rows, scale, x, size, out, stride);
+  if (n == 2) dots<T, R, 2>(rows, scale, x, size, out, stride);
+  if (n == 1) dots<T, R, 1>(rows, scale, x, size, out, stride);
+}
+
+template <typename T>
+void multiply_as(const Matrix& m, const float* x, int n, float* out) {
+  const T* rows = static_cast<const T*>(m.data);
+  const float* scale = m.scale;
+  int r = 0;
+  for (; n > FEW && r + ROWS <= m.rows; r += ROWS)
+    rows_times<T, ROWS>(rows + size_t(r) * m.columns, scale ? scale + r : nullptr, x, n, m.columns, out + r, m.rows);
+  for (; r < m.rows; r++)
+    rows_times<T, 1>(rows + size_t(r) * m.columns, scale ? scale + r : nullptr, x, n, m.columns, out + r, m.rows);
 }
 
 // out[b][r] = sum over c of x[b][c] * m[r][c], b < n.
-void multiply(const Matrix& m, const float* x, int n, float* out, std::vector<float>& buffer) {
-  buffer.resize(m.columns);
-  for (int r = 0; r < m.rows; r++) {
-    const float* row = unpacked(m, r, buffer.data());
-    const float scale = m.type == INT8 ? m.scale[r] : 1.0f;
-    int b = 0;
-    for (; b + 4 <= n; b += 4) dot<4>(row, x + size_t(b) * m.columns, m.columns, scale, out + size_t(b) * m.rows + r, m.rows);
-    for (; b < n; b++) dot<1>(row, x + size_t(b) * m.columns, m.columns, scale, out + size_t(b) * m.rows + r, m.rows);
-  }
+void multiply(const Matrix& m, const float* x, int n, float* out) {
+  if (m.type == FLOAT32) multiply_as<float>(m, x, n, out);
+  if (m.type == BFLOAT16) multiply_as<uint16_t>(m, x, n, out);
+  if (m.type == INT8) multiply_as<int8_t>(m, x, n, out);
 }
 
 void rms_norm(const float* x, const float* weight, int size, float epsilon, float* out) {
@@ -138,7 +167,7 @@ class Step {
       feed_forward(m.layers[l]);
     }
     norm(m.norm);
-    multiply(m.head, &normed[size_t(n - wanted) * m.hidden], wanted, logits, buffer);
+    multiply(m.head, &normed[size_t(n - wanted) * m.hidden], wanted, logits);
   }
 
  private:
@@ -146,7 +175,7 @@ class Step {
   const int n;
   const int32_t *slots, *lengths;
   std::vector<float> x, normed, added;  // [n, hidden]
-  std::vector<float> qkv, heard, scores, routed, chosen, inner, outer, buffer;
+  std::vector<float> qkv, heard, scores, routed, chosen, inner, outer;
 
   void norm(const float* weight) {
     for (int b = 0; b < n; b++)
@@ -158,7 +187,7 @@ class Step {
     norm(layer.attention_norm);
     qkv.resize(size_t(n) * width);
     heard.assign(size_t(n) * m.heads * size, 0);
-    multiply(layer.qkv, normed.data(), n, qkv.data(), buffer);
+    multiply(layer.qkv, normed.data(), n, qkv.data());
     for (int b = 0; b < n; b++) {
       const int place = lengths[b];
       float* q = &qkv[size_t(b) * width];
@@ -172,7 +201,7 @@ class Step {
       }
       for (int h = 0; h < m.heads; h++) attend(layer, b, h, q + h * size, place + 1);
     }
-    multiply(layer.output, heard.data(), n, added.data(), buffer);
+    multiply(layer.output, heard.data(), n, added.data());
     for (size_t i = 0; i < x.size(); i++) x[i] += added[i];
   }
 
@@ -201,7 +230,7 @@ class Step {
     norm(layer.expert_norm);
     std::vector<std::vector<std::pair<int, float>>> rows(m.experts);  // of each expert: sequence, weight
     routed.resize(size_t(n) * m.experts);
-    multiply(layer.router, normed.data(), n, routed.data(), buffer);
+    multiply(layer.router, normed.data(), n, routed.data());
     std::vector<int> order(m.experts);
     for (int b = 0; b < n; b++) {
       float* weights = &routed[size_t(b) * m.experts];
@@ -225,14 +254,14 @@ class Step {
     outer.resize(size_t(count) * m.hidden);
     for (int i = 0; i < count; i++)
       std::memcpy(&chosen[size_t(i) * m.hidden], &normed[size_t(rows[i].first) * m.hidden], 4 * m.hidden);
-    multiply(gate_up, chosen.data(), count, inner.data(), buffer);
+    multiply(gate_up, chosen.data(), count, inner.data());
     chosen.resize(size_t(count) * size);
     for (int i = 0; i < count; i++)
       for (int j = 0; j < size; j++) {
         const float gate = inner[size_t(i) * 2 * size + j], up = inner[size_t(i) * 2 * size + size + j];
         chosen[size_t(i) * size + j] = gate / (1 + std::exp(-gate)) * up;
       }
-    multiply(down, chosen.data(), count, outer.data(), buffer);
+    multiply(down, chosen.data(), count, outer.data());
     for (int i = 0; i < count; i++)
       for (int j = 0; j < m.hidden; j++)
         x[size_t(rows[i].first) * m.hidden + j] += rows[i].second * outer[size_t(i) * m.hidden + j];

@@ -26,8 +26,8 @@ _LEVELS = 1 << 13  # taken at a time
 
 _VAD_RATE = 16000  # Hz
 _WINDOW = 512  # samples, fixed by the detector
-_LANE, _WARM_UP = 938, 62  # windows: 30 s, and 2 s in front of them for the detector to settle
-_LANES = 32
+_LANE, _WARM_UP = 313, 62  # windows: 10 s, and 2 s in front of them for the detector to settle
+_LANES = 96
 _MIN_VAD_PEAK = 0.5
 _LOCK = threading.Lock()  # the detector keeps a state from one window to the next
 
@@ -82,7 +82,7 @@ def speech_spans(wav: Tensor, sample_rate: int, max_seconds: float) -> list[Span
 def speech_probabilities(wav: Tensor, sample_rate: int) -> Tensor:
     """silero-vad's probability of speech in each 32 ms of `wav` [1, samples]: float32 [windows].
 
-    Lanes of 30 s go through the detector side by side, each after the 2 s before it: one window after the other, an
+    Lanes of 10 s go through the detector side by side, each after the 2 s before it: one window after the other, an
     hour of audio would take ten times as long.
     """
     signal = resample(wav[0], sample_rate, _VAD_RATE)  # [samples]

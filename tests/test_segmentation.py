@@ -122,7 +122,7 @@ def test_no_speech_in_long_silence() -> None:
 
 def test_lanes_see_what_one_pass_sees(sentences: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     wav = torch.cat([part for _ in range(4) for s in sentences for part in (s, pause(1.3))], dim=1)
-    assert wav.shape[1] > 45 * SAMPLE_RATE  # more than one lane of 30 s
+    assert wav.shape[1] > 45 * SAMPLE_RATE  # more than four lanes of 10 s
     ours = speech_probabilities(wav, SAMPLE_RATE)
     detector = load_silero_vad()
     signal = wav[0] * max(1.0, 0.5 / float(wav.abs().max()))
@@ -135,7 +135,7 @@ def test_lanes_see_what_one_pass_sees(sentences: list[Tensor], monkeypatch: pyte
     torch.testing.assert_close(speech_probabilities(wav, SAMPLE_RATE), ours, atol=1e-4, rtol=0)
     assert ((ours >= THRESHOLD) == (theirs >= THRESHOLD)).float().mean() > 0.99
     # The first windows differ: ours come after a silence, the detector's own before it has heard anything.
-    torch.testing.assert_close(ours[100:900], theirs[100:900], atol=0.1, rtol=0)
+    torch.testing.assert_close(ours[100:900], theirs[100:900], atol=0.15, rtol=0)
     assert (ours - theirs)[100:900].abs().mean() < 0.005
 
 
