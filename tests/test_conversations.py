@@ -129,7 +129,7 @@ def test_who_can_talk_to_whom() -> None:
 def test_plans_hold_what_they_promise(seed: int, max_seconds: float, varied: bool, rng: Random) -> None:
     """Also for clips without a sample of silence around the speech, which are longest."""
     corpus = [
-        said(name, text, rng.uniform(0.05, 0.25 if n < 2 else 12.0)) for name in HERTZ for n, text in enumerate(WORDS)
+        said(name, text, rng.uniform(0.05, 0.25 if n < 3 else 12.0)) for name in HERTZ for n, text in enumerate(WORDS)
     ]
     able = casts(people(items(corpus)), max_seconds)
     plan = draw(able, max_seconds, varied, Random(seed))
@@ -137,7 +137,8 @@ def test_plans_hold_what_they_promise(seed: int, max_seconds: float, varied: boo
     assert 2 <= len(plan.turns) <= 8 and 1 <= len(plan.levels) <= 3
     assert {turn.speaker for turn in plan.turns} == set(plan.levels)
     assert all(abs(a - b) <= 6 for a, b in combinations(plan.levels.values(), 2))
-    assert len({str(turn.item.utterance.text) for turn in plan.turns}) == len(plan.turns)
+    repeated = len(plan.turns) - len({str(turn.item.utterance.text) for turn in plan.turns})
+    assert repeated == 0 or max_seconds < 8, "each has three sentences of at most 0.25 s"
     assert varied or plan.rt60 is plan.snr_db is None
     sizes = [round(turn.item.utterance.duration * SAMPLE_RATE) for turn in plan.turns]
     clips = [Clip(torch.zeros(1, size), 0, size) for size in sizes]

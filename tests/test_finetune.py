@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from soundfile import write as write_wav
 from typer.testing import CliRunner
 
-from serve.answer import Answer, Answerer
+from serve.answer import Answer
+from serve.answerer import Answerer
 from serve.cli import app
 from speechllm.adapter import lm_fingerprint, read_adapter
 from speechllm.checkpoint import load_checkpoint, read_settings

@@ -5,7 +5,8 @@ import re
 import pytest
 from conftest import ROOT
 
-from serve.answer import Answer, Answerer
+from serve.answer import Answer
+from serve.answerer import Answerer
 from speechllm.checkpoint import DEFAULT, load_checkpoint
 from speechllm.metrics import wer
 

@@ -185,6 +185,7 @@ def _verbose(form: AudioForm, answers: Sequence[Answer]) -> dict[str, Any]:
 def _segment(number: int, segment: Segment, answer: Answer, temperature: float) -> dict[str, Any]:
     """As Whisper's. There is none where nobody speaks, hence its `no_speech_prob`; ids of text are not told."""
     text = segment.text.encode()
+    ids = 1 + answer.tokens_out / max(1, len(answer.segments))  # of a segment, and its end
     return {
         "id": number,
         "seek": round(100 * segment.start),
@@ -193,7 +194,7 @@ def _segment(number: int, segment: Segment, answer: Answer, temperature: float) 
         "text": segment.text,
         "tokens": [],
         "temperature": temperature,
-        "avg_logprob": math.log(max(answer.confidence, 1e-9)),  # of the whole answer
+        "avg_logprob": math.log(max(answer.confidence, 1e-9)) / ids,  # the same for all segments
         "compression_ratio": len(text) / len(zlib.compress(text)),
         "no_speech_prob": 0.0,
         "speaker": segment.speaker,
