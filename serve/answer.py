@@ -76,8 +76,12 @@ class Answer:
     timings: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON, in the order of the fields; times to the millisecond."""
-        return _rounded(asdict(self))
+        """Ready for JSON, in the order of the fields; four digits after the point, of confidences four that count."""
+        told = _rounded(asdict(self))
+        told["confidence"] = float(f"{self.confidence:.4g}")  # of a long answer it may be small
+        for word, one in zip(told["words"], self.words, strict=True):
+            word["confidence"] = float(f"{one.confidence:.4g}")
+        return told
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ class Question:
         self.task = find_task(instruction)
         self._answerer = answerer
         self._jobs: list[tuple[Span, Job]] = []
+        self._texts: list[str] = []  # of the first spans, whose answers are whole
+        self._answer: Answer | None = None
 
     @property
     def done(self) -> bool:
@@ -41,14 +43,15 @@ class Question:
     @property
     def text(self) -> str:
         """The answer so far, in the order of the recording; once it is done, see :meth:`answer`."""
-        texts = []
         checkpoint, reader = self._answerer.checkpoint, self._answerer.reader(self.task, self.options)
-        for span, job in self._jobs:
+        texts = list(self._texts)
+        for span, job in self._jobs[len(texts) :]:
             finish = job.finish  # read first: what is read after it is then the whole
             parts = answer_parts(job.best.ids, checkpoint.vocabulary, checkpoint.text)
             texts.append(reader.read(moved(parts, span.start)).text)
             if not finish:
                 break
+            self._texts = list(texts)
         return " ".join(filter(None, texts))
 
     def cancel(self) -> None:
@@ -62,6 +65,11 @@ class Question:
         for _, job in self._jobs:
             if job.error is not None:
                 raise job.error
+        if self._answer is None:
+            self._answer = self._assembled()
+        return self._answer
+
+    def _assembled(self) -> Answer:
         jobs = [job for _, job in self._jobs]
         return assemble(
             self._answerer.checkpoint,
@@ -104,6 +112,7 @@ class Answerer:
         self.quantize = quantize
         self._batch_size = batch_size
         self._engine = backend or Engine(checkpoint.lm, checkpoint.vocabulary.end, batch_size, quantize)
+        self.served_by = self._engine.name
         self._grammars = Grammars(checkpoint.vocabulary, checkpoint.text)
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()

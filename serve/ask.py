@@ -23,6 +23,7 @@ from serve.loading import (
 from serve.plain_errors import USER_ERROR, plain_errors
 from speechllm.errors import InputError
 from speechllm.options import Options
+from speechllm.prompt_file import read_prompt_file
 
 
 def ask(
@@ -91,15 +92,18 @@ def ask(
     """
     with plain_errors(), TemporaryDirectory() as folder:
         instructions = [instruction, *(also or ())]
-        _check(audio, instructions, microphone, stream, format, output_dir, fallback)
-        files = [_recorded(folder)] if microphone else collect(audio or ())
-        from serve.answer import Failure
-        from serve.printing import Printer, remark, second_tries, streamed, warn, with_progress
-        from speechllm.prompt_file import read_prompt_file
-
+        _check(audio, instructions, microphone, format, output_dir, fallback, shots is not None or bool(shot))
+        if stream:
+            _check_stream(format, output_dir, fallback, certain_late=beams > 1 or min_confidence > 0)
+        files = [] if microphone else collect(audio or ())
         prompt = read_prompt_file(shots) if shots else None
         labels = tuple(label or ()) or (prompt.labels if prompt else ())
         options = Options(temperature, top_p, seed, beams, max_tokens, timeout, min_confidence, labels)
+        files = files or [_recorded(folder)]
+
+        from serve.answer import Failure
+        from serve.printing import Printer, remark, second_tries, streamed, warn, with_progress
+
         answerer = make_answerer(model, device, adapter, batch, quantize)
         second = make_answerer(fallback, device, None, batch, quantize) if fallback else None
         warn(answerer, instructions, options)
@@ -127,21 +131,34 @@ def _check(
     audio: Sequence[str] | None,
     instructions: Sequence[str],
     microphone: bool,
-    stream: bool,
     format: Format,
     output_dir: Path | None,
     fallback: Path | None,
+    examples: bool,
 ) -> None:
     """Raises InputError for what does not go together."""
     several = len(instructions) > 1 and format not in (Format.text, Format.json)
     for wrong, message in (
         (microphone and audio, "--microphone: there are files to ask about too; leave one of them out"),
         (not microphone and not audio, "no audio: name files or folders, - for standard input, or use --microphone"),
-        (stream and format is not Format.text, f"--stream prints words as they come: not as {format.value}"),
-        (stream and output_dir, "--stream prints words as they come: leave --output-dir out"),
-        (stream and fallback, "--stream shows answers before they are judged: leave --fallback out"),
         (several, f"--format {format.value} has room for one answer: leave --also out, or use json"),
+        (output_dir and output_dir.exists() and not output_dir.is_dir(), f"--output-dir {output_dir}: is not a folder"),
         (fallback and STDIN in (audio or ()), "--fallback: standard input cannot be heard twice; name a file"),
+        (fallback and examples, "--fallback: examples are encoded for one checkpoint; leave them out, or --fallback"),
+    ):
+        if wrong:
+            raise InputError(message)
+
+
+def _check_stream(format: Format, output_dir: Path | None, fallback: Path | None, certain_late: bool) -> None:
+    """Raises InputError for what cannot be printed word by word."""
+    for wrong, message in (
+        (format is not Format.text, f"--stream prints words as they come: not as {format.value}"),
+        (output_dir, "--stream prints words as they come: leave --output-dir out"),
+        (
+            fallback or certain_late,
+            "--stream: leave --beams, --min-confidence, --fallback out: they decide last",
+        ),
     ):
         if wrong:
             raise InputError(message)

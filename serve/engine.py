@@ -96,7 +96,12 @@ class BackendError(InputError):
 
 
 class Backend(Protocol):
-    """What answers requests: the engine here, or a server of the same model somewhere else."""
+    """What answers requests: the engine here, or a server of the same model somewhere else.
+
+    name: tells one from another whose answers may differ.
+    """
+
+    name: str
 
     @property
     def positions(self) -> int:
@@ -127,13 +132,15 @@ class Backend(Protocol):
 
 
 class Engine:
-    """One language model, up to ``batch_size`` hypotheses decoded together.
+    """One language model here, up to ``batch_size`` hypotheses decoded together.
 
     Any thread may call any method; one at a time does the work.
 
     Raises:
         InputError: the model cannot be served, see :class:`Decoder`.
     """
+
+    name = "here"
 
     def __init__(
         self, lm: PreTrainedModel, end_id: int, batch_size: int = 16, quantization: Quantization | None = None

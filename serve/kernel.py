@@ -62,7 +62,8 @@ def fits(lm: PreTrainedModel) -> bool:
     if config.model_type != "mixtral" or lm.device.type != "cpu" or lm.dtype != torch.float32:
         return False
     sizes = (config.hidden_size, config.intermediate_size, head_dim(lm))
-    plain = config.hidden_act == "silu" and not any(size % LANES for size in sizes)
+    whole = getattr(config, "partial_rotary_factor", None) in (None, 1.0)
+    plain = whole and config.hidden_act == "silu" and not any(size % LANES for size in sizes)
     return plain and config.rope_parameters["rope_type"] == "default" and build() is not None
 
 

@@ -34,7 +34,7 @@ def streamed(
     for file in files:
         try:
             recording = answerer.listen(file)
-            questions = [answerer.pose(recording, instruction, shots, options) for instruction in instructions]
+            questions = answerer.pose_all(recording, instructions, shots, options)
         except InputError as error:
             yield Failure.of(file, error)
             continue
@@ -59,7 +59,10 @@ def second_tries(answers: Iterator[Answer | Failure], second: Answerer, options:
         if isinstance(answer, Failure) or answer.finish_reason != "abstained":
             yield answer
         else:
-            yield from second.ask([answer.file], answer.instruction, options=options)
+            try:
+                yield from second.ask([answer.file], answer.instruction, options=options)
+            except InputError as error:
+                yield Failure.of(answer.file, error)
 
 
 class Printer:
@@ -77,6 +80,7 @@ class Printer:
     def take(self, answer: Answer | Failure) -> None:
         """The next answer."""
         if isinstance(answer, Failure):
+            self._parts = []
             if self._format is Format.json and not self._paths:
                 print(json.dumps(answer.to_dict(), ensure_ascii=False), flush=True)
         elif self._paths:

@@ -17,7 +17,8 @@ from serve.loading import (
     load,
     make_answerer,
 )
-from serve.plain_errors import plain_errors
+from serve.plain_errors import complain, plain_errors
+from speechllm.errors import InputError
 
 if TYPE_CHECKING:
     from serve.answerer import Answerer
@@ -85,6 +86,10 @@ def serve(
             cache=cache,
             cache_bytes=cache_mb * MEGABYTE,
         )
+        if vllm and (quantize or device is not Device.auto):
+            raise InputError("--vllm: decoding is not done here; leave --quantize and --device out")
+        if host not in ("127.0.0.1", "localhost", "::1") and not api_key:
+            complain(f"warning: whoever reaches {host} can ask: --api-key keeps others out")
         if vllm:
             answerer = _through_vllm(load(model, Device.cpu, adapter), adapter, batch, vllm, vllm_name, vllm_key)
         else:

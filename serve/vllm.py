@@ -52,6 +52,7 @@ class VllmBackend:
         concurrency: int = 64,
         api_key: str | None = None,
     ) -> None:
+        self.name = f"vLLM {model}"
         self._client, self._end_id = VllmClient(url, model, end_id, api_key), end_id
         self._row = torch.full((1, vocabulary_size), -torch.inf)
         self._waiting: set[Job] = set()

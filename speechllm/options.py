@@ -34,6 +34,7 @@ class Options:
 
     MAX_BEAMS = 16
     MAX_TEMPERATURE = 2.0
+    MAX_LABELS = 10_000  # characters
 
     def __post_init__(self) -> None:
         for name, fits, wanted in (
@@ -44,11 +45,7 @@ class Options:
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "1 or more"),
             ("timeout", self.timeout is None or self.timeout > 0, "above 0"),
             ("min_confidence", 0 <= self.min_confidence <= 1, "from 0 to 1"),
-            (
-                "labels",
-                len(set(self.labels)) == len(self.labels) and all(map(str.strip, self.labels)),
-                "names, each once",
-            ),
+            ("labels", self._are_labels(), f"names, each once, of at most {self.MAX_LABELS} characters in all"),
         ):
             if not fits:
                 raise InputError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
@@ -56,6 +53,10 @@ class Options:
             raise InputError("beams keeps the likeliest and temperature draws at random: give one of them")
         if self.beams > 1 and self.top_p < 1:
             raise InputError("top_p limits random draws, and beams makes none: give one of them")
+
+    def _are_labels(self) -> bool:
+        names = [" ".join(label.split()) for label in self.labels]
+        return all(names) and len(set(names)) == len(names) and sum(map(len, names)) <= self.MAX_LABELS
 
 
 GREEDY = Options()

@@ -46,7 +46,8 @@ def read_prompt_file(path: str | Path) -> PromptFile:
     """
     path = Path(path)
     try:
-        told = _Prompt.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        # all is text: yes, no, 42; of an empty file nothing is there
+        told = _Prompt.model_validate(yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader) or {})
     except OSError as error:
         raise InputError(f"{path}: cannot read the prompt file ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -112,7 +112,7 @@ def answer_rows(answers: Sequence[Judged]) -> Iterator[Row]:
 def to_fit(answers: Sequence[Judged]) -> Judgements:
     """What has a confidence that is a probability to be right: words, and labels.
 
-    That of a whole transcript is not: it is a mean over its ids.
+    Of a transcript there are its words, and more of them than of answers.
     """
     labels = ((answer.log_prob, answer.errors, 1, n) for n, answer in enumerate(answers) if answer.label)
     return judgements(chain(word_rows(answers), labels))

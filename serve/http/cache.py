@@ -94,9 +94,9 @@ class AnswerCache:
 
 
 def weights_fingerprint(answerer: Answerer) -> str:
-    """SHA-256 of the program's version, the checkpoint's settings, how it is quantized, and all weights of its LM."""
+    """SHA-256 of what answers hang on: version, the checkpoint's settings and weights, how and where it is decoded."""
     checkpoint = answerer.checkpoint
-    facts = (__version__, answerer.quantize, checkpoint.settings.model_dump(mode="json"))
+    facts = (__version__, answerer.quantize, answerer.served_by, checkpoint.settings.model_dump(mode="json"))
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, weight in sorted(checkpoint.lm.state_dict().items()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())

@@ -14,6 +14,7 @@ from speechllm.errors import InputError
 _UPLOADS = 8  # as large as they may be: what all requests together may hold in memory, or on disk
 _UNKNOWN = 1 << 62  # frames and more: a FLAC that was written to a pipe
 _MAX_RATE = 768_000  # Hz
+_MAX_CHANNELS = 16
 _FULL_RATE = 48000  # Hz, of a recording of the greatest length: at twice the rate, half of it may be sent
 
 
@@ -61,6 +62,8 @@ def check_length(content: bytes, name: str, max_seconds: float) -> None:
         raise InputError(
             f"{name}: its header does not say how long it is; convert it first: ffmpeg -i INPUT output.wav"
         )
+    if info.channels > _MAX_CHANNELS:
+        raise InputError(f"{name}: {info.channels} channels; up to {_MAX_CHANNELS} are taken")
     if info.samplerate > _MAX_RATE:
         raise InputError(f"{name}: of {info.samplerate} Hz; rates up to {_MAX_RATE} Hz are taken")
     if info.frames > max_seconds * min(info.samplerate, _FULL_RATE):

@@ -59,8 +59,8 @@ class Label(Task):
 
     def read(self, parts: Parts) -> ParsedAnswer:
         words = words_of(parts)
-        known = {normalize_text(label): label for label in self.labels}
-        label = known.get(normalize_text(words))
+        known = {normalize_text(label): label for label in self.labels} | {label: label for label in self.labels}
+        label = known.get(words) or known.get(normalize_text(words))
         faults = () if label else (f"{words!r} is none of {', '.join(self.labels)}",)
         return ParsedAnswer(words, label=label, faults=faults)
 
