@@ -71,7 +71,10 @@ def ask(
     timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Take what is there by then.")] = None,
     min_confidence: Annotated[float, typer.Option(help="Withhold answers that are less sure (0 to 1).")] = 0.0,
     fallback: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Checkpoint that is asked where an answer was withheld.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Checkpoint that is asked where an answer was withheld; it must be as sure."
+        ),
     ] = None,
 ) -> None:
     """Ask something about audio files.

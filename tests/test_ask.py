@@ -1,0 +1,109 @@
+"""`speechllm ask`: several questions, formats and folders, examples, streaming, and what does not go together."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import clip, table
+from test_cli import ask
+
+from serve.answer import Answer
+from serve.answerer import Answerer
+from speechllm.checkpoint import load_checkpoint
+
+ASK, OTHER = "Transcribe this audio", "Translate this audio to German"
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    """In natural order."""
+    return [str(clip(tmp_path / "in" / name, seconds)) for name, seconds in (("2.wav", 0.5), ("10.wav", 0.9))]
+
+
+def texts(folder: Path, files: list[str], instructions: list[str]) -> list[str]:
+    answers = Answerer(load_checkpoint(folder)).ask(files, instructions)
+    return [" ".join(answer.text.split()) for answer in answers if isinstance(answer, Answer)]
+
+
+def test_the_command_says_what_the_answerer_does(tiny_checkpoint: Path, files: list[str]) -> None:
+    """Of a folder, several questions, and word by word."""
+    expected = texts(tiny_checkpoint, files, [ASK, OTHER])
+    assert len(expected) == 4 and any(expected)
+    folder = str(Path(files[0]).parent)
+    assert ask(tiny_checkpoint, ASK, folder, "--also", OTHER).stdout.splitlines() == expected
+    assert ask(tiny_checkpoint, ASK, *files, "--also", OTHER, "--stream").stdout.splitlines() == expected
+
+
+def test_a_file_for_each_recording(tiny_checkpoint: Path, tmp_path: Path, files: list[str]) -> None:
+    out = tmp_path / "out"
+    result = ask(tiny_checkpoint, ASK, *files, "missing.wav", "--also", OTHER, "-f", "json", "-o", str(out))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert sorted(path.name for path in out.iterdir()) == ["10.json", "2.json"]
+    for file, path in zip(files, (out / "2.json", out / "10.json"), strict=True):
+        answers = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        assert [(answer["file"], answer["instruction"]) for answer in answers] == [(file, ASK), (file, OTHER)]
+
+
+def test_examples_and_labels(tiny_checkpoint: Path, tmp_path: Path, files: list[str]) -> None:
+    shot, file = files
+    prompt = table(
+        tmp_path / "in" / "prompt.yaml",
+        "instruction: Is it?",
+        "labels: [yes, no]",
+        "shots: [{audio: 2.wav, answer: yes}]",
+    )
+    given = ("--shot", f"{shot}=yes", "--label", "yes", "--label", "no")
+    by_hand = json.loads(ask(tiny_checkpoint, "Is it?", file, *given, "-f", "json").stdout)
+    by_file = json.loads(ask(tiny_checkpoint, "Is it?", file, "--shots", str(prompt), "-f", "json").stdout)
+    alone = json.loads(ask(tiny_checkpoint, "Is it?", file, "-f", "json").stdout)
+    assert by_hand["label"] in ("yes", "no")
+    for answer in (by_hand, by_file, alone):
+        del answer["timings"]
+    assert by_hand == by_file
+    assert by_hand["tokens_in"] > alone["tokens_in"] + 10
+
+
+def test_what_is_withheld_is_asked_elsewhere(tiny_checkpoint: Path, tmp_path: Path, files: list[str]) -> None:
+    options = ("--min-confidence", "0.9")
+    withheld = ask(tiny_checkpoint, ASK, *files, *options)
+    assert withheld.exit_code == 0 and withheld.stdout == "\n\n"
+    assert withheld.stderr.count("withheld, its confidence is") == 2
+    assert ask(tiny_checkpoint, ASK, *files, *options, "--fallback", str(tiny_checkpoint)).stdout == "\n\n", (
+        "unsure too"
+    )
+    sure = tmp_path / "sure"
+    shutil.copytree(tiny_checkpoint, sure)
+    settings = json.loads((sure / "speechllm.json").read_text(encoding="utf-8"))
+    (sure / "speechllm.json").write_text(json.dumps(settings | {"confidence_temperature": 1e6}), encoding="utf-8")
+    again = ask(tiny_checkpoint, ASK, *files, *options, "--fallback", str(sure))
+    assert again.stdout.splitlines() == texts(tiny_checkpoint, files, [ASK])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--stream", "-f", "json"], "not as json"),
+        (["--stream", "-o", "out"], "leave --output-dir out"),
+        (["--stream", "--min-confidence", "0.5"], "leave --beams, --min-confidence, --fallback out"),
+        (["--also", OTHER, "-f", "srt"], "room for one answer"),
+        (["--microphone"], "leave one of them out"),
+        (["--beams", "2", "--temperature", "1"], "give one of them"),
+        (["--temperature", "-1"], "temperature must be from 0 to 2"),
+        (["--label", "a", "--label", " a"], "labels must be names, each once"),
+        (["--fallback", "x", "--shot", "a.wav=b"], "examples are encoded for one checkpoint"),
+        (["--shots", "none.yaml"], "cannot read the prompt file"),
+    ],
+)
+def test_contradictions_are_one_line(tiny_checkpoint: Path, files: list[str], options: list[str], told: str) -> None:
+    result = ask(tiny_checkpoint, ASK, *files, *options)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert told in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_nothing_to_listen_to(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    assert ask(tiny_checkpoint, ASK).stderr.startswith("error: no audio: name files or folders")
+    assert "--fallback: standard input" in ask(tiny_checkpoint, ASK, "-", "--fallback", "x").stderr
+    (tmp_path / "file").touch()
+    result = ask(tiny_checkpoint, ASK, "a.wav", "-o", str(tmp_path / "file"))
+    assert "is not a folder" in result.stderr
