@@ -13,6 +13,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 
 import httpx
@@ -25,7 +26,7 @@ PATH = "/v1/audio/transcriptions"
 FORM = "multipart/form-data; boundary=x"
 PART = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
 GIBIBYTES = 2
-GROWTH = 100  # MiB, over what the server holds after its first answers
+GROWTH = 100  # MiB, over what the server holds once its batch has been full
 
 
 def ask(running: Server, content: bytes = CONTENT, **data: str) -> httpx.Response:
@@ -150,6 +151,8 @@ def main() -> None:
     with server("--max-seconds", "60") as running:  # a changed rate can make a clip an hour, which takes its memory
         expected = ask(running).json()["text"]
         assert ask(running, stream="true").status_code == 200
+        with ThreadPoolExecutor(32) as pool:  # the places of the batch take memory when they are first used
+            assert {answer.json()["text"] for answer in pool.map(lambda _: ask(running), range(64))} == {expected}
         before = running.peak
         print(f"memory: {before:.0f} MiB")
         for fault in (huge_upload, flac_bombs, slow_clients, clients_that_go, corrupt_uploads):
