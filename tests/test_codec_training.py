@@ -158,22 +158,28 @@ def test_repeating_a_source_that_is_not_there_is_refused(codec_settings: dict[st
     app.command()(train_codec.main)
     result = CliRunner().invoke(app, ["--config", str(config)])
     assert result.exit_code == 2
-    assert "repeat: no clips with a transcript come from radio" in result.output
+    assert "repeat: no clips for this stage come from radio" in result.output
 
 
 def test_crops_are_stretches_of_the_clips(corpus: Path) -> None:
     items = read_corpus([corpus / "manifest.jsonl"], "train")[:2]
     wavs = [item.wav(16000)[0] for item in items]
-    found = crops(items, 800, 6, 16000, Random(0))
+    batch = crops(items, 800, 6, 16000, Random(0))
+    found = batch.wav
     assert found.shape == (6, 800)
-    assert torch.equal(crops(items, 800, 6, 16000, Random(0)), found)
+    assert batch.lengths.tolist() == [800] * 6
+    assert torch.equal(crops(items, 800, 6, 16000, Random(0)).wav, found)
     assert found.any(1).sum() > 3  # the others are of the silence around the speech
-    for row in found[found.any(1)]:
-        similarity = max(float(F.cosine_similarity(wav.unfold(0, 800, 1), row, dim=-1).max()) for wav in wavs)
-        assert similarity == pytest.approx(1, abs=1e-4)
+    assert all(item in batch.items for item in items)
+    for row, item in zip(found, batch.items, strict=True):
+        if row.any():
+            wav = wavs[items.index(item)]
+            similarity = float(F.cosine_similarity(wav.unfold(0, 800, 1), row, dim=-1).max())
+            assert similarity == pytest.approx(1, abs=1e-4)
     long = crops(items, 200000, 2, 16000, Random(0))
-    assert long.shape == (2, 200000)
-    assert not long[:, -1000:].any()
+    assert long.wav.shape == (2, 200000)
+    assert not long.wav[:, -1000:].any()
+    assert long.lengths.tolist() == [len(wavs[items.index(item)]) for item in long.items]
 
 
 def test_cosine_schedule() -> None:

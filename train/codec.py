@@ -13,10 +13,9 @@ from pydantic import Field
 from speechllm.codec import SpeechCodec, SpeechCodecConfig, load_codec, save_codec
 from speechllm.data.corpus import read_corpus
 from speechllm.errors import InputError
-from train.codec_acoustic import train_acoustic
-from train.codec_data import CtcData, phoneme_inventory, transcribable
+from train.codec_acoustic import AcousticSettings, train_acoustic
+from train.codec_data import CtcData, phoneme_inventory, repeated, transcribable
 from train.codec_semantic import SemanticSettings, train_semantic
-from train.codec_waveform import WaveformSettings
 from train.config import Settings, read_config
 from train.loop import Interrupted
 
@@ -33,7 +32,7 @@ class CodecTraining(Settings):
     )
     codec: SpeechCodecConfig = SpeechCodecConfig()
     semantic: SemanticSettings
-    acoustic: WaveformSettings
+    acoustic: AcousticSettings
 
 
 def acoustic_stage(config: CodecTraining, resume: bool) -> None:
@@ -55,9 +54,7 @@ class Stage(str, Enum):
 
 def semantic_stage(config: CodecTraining, resume: bool) -> None:
     clips = transcribable(read_corpus(config.manifests, "train"))
-    if unknown := set(config.repeat) - {item.utterance.source for item in clips}:
-        raise InputError(f"repeat: no clips with a transcript come from {', '.join(sorted(unknown))}")
-    train_items = [item for item in clips for _ in range(config.repeat.get(item.utterance.source, 1))]
+    train_items = repeated(clips, config.repeat, "repeat")
     dev_items = transcribable(read_corpus(config.dev_manifests, "dev"))
     started = config.out / "semantic" / "codec"
     if started.exists() and not resume:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
 
@@ -38,6 +39,13 @@ def transcribable(items: list[Item]) -> list[Item]:
         for i in items
         if i.utterance.text and i.utterance.language in VOICES and not i.utterance.labels.get("text_note")
     ]
+
+
+def repeated(items: list[Item], times: Mapping[str, int], setting: str) -> list[Item]:
+    """The items, those of some sources several times. Raises InputError, naming the setting, for a source of none."""
+    if unknown := set(times) - {item.utterance.source for item in items}:
+        raise InputError(f"{setting}: no clips for this stage come from {', '.join(sorted(unknown))}")
+    return [item for item in items for _ in range(times.get(item.utterance.source, 1))]
 
 
 def phoneme_inventory(items: list[Item], least: int = 20) -> tuple[str, ...]:

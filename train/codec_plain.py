@@ -102,7 +102,7 @@ def train_plain(config: PlainTraining, resume: bool) -> None:
     task = Reconstruction(
         "plain",
         codec.model,
-        lambda wav: reconstruct(codec, wav),
+        lambda batch: (*reconstruct(codec, batch.wav), {}),
         LogMel(codec.sample_rate, N_MELS),
         codec.sample_rate,
         codec.hop_length,

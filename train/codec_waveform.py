@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -23,21 +23,48 @@ WEIGHTS = {"spectral": 1.0, "mel": 1.0, "features": 1.0, "adversarial": 0.5}
 
 
 @dataclass(frozen=True)
+class Crops:
+    """Stretches of clips, and which clips they are of."""
+
+    wav: Tensor  # float32 [B, samples]; silence after the end of a clip
+    lengths: Tensor  # int64 [B], samples of each that are of the clip
+    items: tuple[Item, ...]  # of length B: the clip of each, with its labels
+
+
+@dataclass(frozen=True)
+class Auxiliary:
+    """What is learnt beside the reconstruction, from the same crops.
+
+    heads: by name; trained with the codec; kept in the state of the run, and not in the codec.
+    weights: of the losses that are made beside the reconstruction, by name.
+    measure: the heads on held-out crops, by the names to log.
+    panels: of the plot, and the scalars in each.
+    """
+
+    heads: nn.ModuleDict
+    weights: Mapping[str, float]
+    measure: Callable[[], dict[str, float]]
+    panels: Mapping[str, list[str]]
+
+
+@dataclass(frozen=True)
 class Reconstruction:
     """What is trained to give waveforms back.
 
     name: of its folder in the run's.
     module: what is trained, in place.
-    reconstruct: made of ``module``; waveforms ``[B, samples]``, whole hops, to as many samples and the commitment loss.
+    reconstruct: made of ``module``; crops of whole hops to waveforms ``[B, samples]``, the commitment loss and the
+        losses of ``auxiliary``, by name.
     mel: of the mel loss.
     """
 
     name: str
     module: nn.Module
-    reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]]
+    reconstruct: Callable[[Crops], tuple[Tensor, Tensor, dict[str, Tensor]]]
     mel: LogMel
     sample_rate: int
     hop_length: int
+    auxiliary: Auxiliary | None = None
 
 
 class WaveformSettings(Settings):
@@ -51,16 +78,21 @@ class WaveformSettings(Settings):
     )
     evaluate_every: int = Field(250, gt=0)
 
+    def samples(self, sample_rate: int, hop_length: int) -> int:
+        """Samples of a crop, which are whole hops."""
+        return round(self.crop_seconds * sample_rate / hop_length) * hop_length
 
-def crops(items: list[Item], samples: int, count: int, rate: int, rng: Random) -> Tensor:
-    """``count`` random stretches of speech, ``[count, samples]``; short clips are padded with silence."""
-    rows = []
-    for item in rng.choices(items, k=count):
+
+def crops(items: list[Item], samples: int, count: int, rate: int, rng: Random) -> Crops:
+    """``count`` random stretches of ``samples`` of speech; short clips are padded with silence."""
+    rows, lengths, chosen = [], [], rng.choices(items, k=count)
+    for item in chosen:
         wav = item.wav(rate)[0]
         start = rng.randrange(max(1, len(wav) - samples + 1))
         row = wav[start : start + samples]
         rows.append(F.pad(row, (0, samples - len(row))) * rng.uniform(0.5, 1.2))
-    return torch.stack(rows)
+        lengths.append(len(row))
+    return Crops(torch.stack(rows), torch.tensor(lengths), tuple(chosen))
 
 
 def train_waveform(
@@ -74,45 +106,56 @@ def train_waveform(
 ) -> None:
     """Train ``task.module`` on random crops. The state is kept in ``out/name`` and, with ``resume``, taken up there."""
     rate, module, mel = task.sample_rate, task.module, task.mel
-    samples = round(settings.crop_seconds * rate / task.hop_length) * task.hop_length
+    samples, auxiliary = settings.samples(rate, task.hop_length), task.auxiliary
     trained = nn.ModuleDict({"codec": module, "discriminator": Discriminator(), "balancer": Balancer(WEIGHTS)})
+    if auxiliary:
+        trained["heads"] = auxiliary.heads
     discriminator, balancer = trained["discriminator"], trained["balancer"]
     assert isinstance(balancer, Balancer)
     optimizer = torch.optim.AdamW(trained.parameters(), settings.learning_rate, betas=(0.8, 0.99))
     held_out = crops(dev, samples, 24, rate, Random(f"{seed} dev"))
     switch = int(settings.adversarial_from * settings.steps)
 
-    def make(step: int) -> Tensor:
+    def make(step: int) -> Crops:
         return crops(train, samples, settings.batch_clips, rate, Random(f"{seed} crop {step}"))
 
     with Loop(task.name, out, trained, optimizer, settings.steps, resume) as loop:
-        for step, wav in zip(loop.steps(), prefetch(make, loop.range()), strict=True):
+        for step, batch in zip(loop.steps(), prefetch(make, loop.range()), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * cosine(step, settings.warmup, settings.steps)
             module.train()
             optimizer.zero_grad(set_to_none=True)
-            made, commitment = task.reconstruct(wav)
+            wav = batch.wav
+            made, commitment, told = task.reconstruct(batch)
             losses = {"spectral": spectral_loss(made, wav), "mel": mel_loss(made, wav, mel)}
             if step >= switch:
                 judged = discriminator(made, wav)
                 losses |= {"features": judged.features, "adversarial": judged.adversarial}
                 judged.discriminator.backward(inputs=list(discriminator.parameters()), retain_graph=True)
                 loop.scalars(discriminator=judged.discriminator.item())
-            balancer.backward(losses, made, commitment)
+            # What heads tell has no gradient on the waveform to be balanced by. It joins the commitment loss, which the
+            # balancer passes on as it is: a weight counts against the balanced gradient, whose norm is about 1.
+            beside = commitment
+            if auxiliary:
+                beside = commitment + sum(auxiliary.weights[name] * loss for name, loss in told.items())
+            balancer.backward(losses, made, beside)
             torch.nn.utils.clip_grad_norm_(module.parameters(), 5.0)
             optimizer.step()
-            loop.scalars(**{key: value.item() for key, value in losses.items()}, commitment=commitment.item())
+            loop.scalars(**{name: loss.item() for name, loss in (losses | told).items()}, commitment=commitment.item())
             if (step + 1) % settings.evaluate_every == 0 or step + 1 == settings.steps:
                 module.eval()
                 with torch.inference_mode():
-                    made, _ = task.reconstruct(held_out)
+                    made, wav = task.reconstruct(held_out)[0], held_out.wav
                     loop.evaluation(
-                        dev_spectral=spectral_loss(made, held_out).item(), dev_mel=mel_loss(made, held_out, mel).item()
+                        dev_spectral=spectral_loss(made, wav).item(),
+                        dev_mel=mel_loss(made, wav, mel).item(),
+                        **(auxiliary.measure() if auxiliary else {}),
                     )
     loop.plot(
         {
             "spectral loss": ["spectral", "dev_spectral"],
             "mel distance": ["mel", "dev_mel"],
             "adversarial": ["features", "adversarial", "discriminator"],
+            **(auxiliary.panels if auxiliary else {}),
         }
     )
