@@ -1,7 +1,9 @@
 """Scores of answers: word and character error rates, BLEU and chrF, through the field's libraries."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import jiwer
 import numpy as np
@@ -33,42 +35,99 @@ def wer(references: Sequence[str], hypotheses: Sequence[str]) -> float:
     Words answered to an empty reference are insertions: they add errors and no reference words. Raises ValueError for
     lists that are empty or differ in length, InputError when no reference holds a word (the rate is undefined).
     """
-    return _rate(_word_counts(references, hypotheses))
+    return _rate(word_counts(references, hypotheses))
 
 
 def cer(references: Sequence[str], hypotheses: Sequence[str]) -> float:
     """Character error rate of the corpus, spaces counted as characters; otherwise like `wer`."""
-    return _rate(_character_counts(references, hypotheses))
+    return _rate(character_counts(references, hypotheses))
+
+
+def interval(
+    counts: np.ndarray, score: Callable[[np.ndarray], float], samples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval (low, high) of a corpus score: percentiles over draws of as many units, with replacement.
+
+    counts: ``[units, k]``, what each unit, say a clip, adds to the ``k`` sums that the score is computed of. score: of
+    sums ``[k]``; NaN where it is undefined: such draws are left out. Returns NaN twice where all are.
+    """
+    units = len(counts)
+    generator, shares = np.random.default_rng(seed), np.full(units, 1 / units)
+    drawn = np.array([score(generator.multinomial(units, shares) @ counts) for _ in range(samples)])
+    if np.isnan(drawn).all():
+        return float("nan"), float("nan")
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def ratio(sums: np.ndarray) -> float:
+    """The first of two sums over the second, NaN where that is 0: the score of most counts."""
+    return float(sums[0] / sums[1]) if sums[1] else float("nan")
 
 
 def bootstrap_interval(
     references: Sequence[str], hypotheses: Sequence[str], samples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % interval (low, high) of `wer`: percentiles over draws of as many utterances, with replacement.
+    """95 % interval (low, high) of `wer`, over utterances.
 
     Raises what `wer` raises. A draw without any reference word is left out.
     """
-    counts = _word_counts(references, hypotheses)  # [utterances, 2]
+    counts = word_counts(references, hypotheses)
     _rate(counts)
-    generator = np.random.default_rng(seed)
-    drawn = np.stack([counts[generator.integers(len(counts), size=len(counts))].sum(axis=0) for _ in range(samples)])
-    drawn = drawn[drawn[:, 1] > 0]  # [draws, 2]
-    low, high = np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
-    return float(low), float(high)
+    return interval(counts, ratio, samples, seed)
+
+
+def mean_interval(
+    values: Sequence[float], groups: Sequence[str], samples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval (low, high) of a mean: percentiles over draws of as many groups, with replacement.
+
+    groups: of each value; values about the same recording are no independent evidence, and are drawn together. Raises
+    ValueError for lists that are empty or differ in length.
+    """
+    if not values or len(values) != len(groups):
+        raise ValueError(f"{len(values)} values in {len(groups)} groups: one group is needed for each")
+    _, places = np.unique(list(groups), return_inverse=True)
+    return interval(np.stack([np.bincount(places, values), np.bincount(places)], 1), ratio, samples, seed)
 
 
 def bleu(references: Sequence[str], hypotheses: Sequence[str]) -> tuple[float, str]:
     """Corpus BLEU (0 to 100) of the raw texts, one reference each, and sacrebleu's signature. Raises ValueError."""
-    _check_lists(references, hypotheses)
-    metric = BLEU()
-    score = metric.corpus_score(list(hypotheses), [list(references)]).score
-    return float(score), str(metric.get_signature())
+    return _text_score(BLEU(), references, hypotheses)
 
 
 def chrf(references: Sequence[str], hypotheses: Sequence[str]) -> tuple[float, str]:
     """Corpus chrF (0 to 100) of the raw texts, one reference each, and sacrebleu's signature. Raises ValueError."""
+    return _text_score(CHRF(), references, hypotheses)
+
+
+@dataclass(frozen=True)
+class TextCounts:
+    """What sacrebleu computes a corpus score of.
+
+    counts: ``[utterances, k]``. score: of their sums ``[k]``, 0 to 100. signature: sacrebleu's.
+    """
+
+    counts: np.ndarray
+    score: Callable[[np.ndarray], float]
+    signature: str
+
+
+def text_counts(metric: Literal["bleu", "chrf"], references: Sequence[str], hypotheses: Sequence[str]) -> TextCounts:
+    """Of each utterance what `bleu` or `chrf` adds up. Raises ValueError."""
     _check_lists(references, hypotheses)
-    metric = CHRF()
+    scorer = BLEU() if metric == "bleu" else CHRF()
+    # what sacrebleu's own bootstrap resamples; it has no public name
+    counts = np.array(scorer._extract_corpus_statistics(list(hypotheses), [list(references)]))
+
+    def score(sums: np.ndarray) -> float:
+        return float(scorer._compute_score_from_stats(sums.tolist()).score)
+
+    return TextCounts(counts, score, str(scorer.get_signature()))
+
+
+def _text_score(metric: BLEU | CHRF, references: Sequence[str], hypotheses: Sequence[str]) -> tuple[float, str]:
+    _check_lists(references, hypotheses)
     score = metric.corpus_score(list(hypotheses), [list(references)]).score
     return float(score), str(metric.get_signature())
 
@@ -80,7 +139,7 @@ def _check_lists(references: Sequence[str], hypotheses: Sequence[str]) -> None:
         raise ValueError("nothing to score: the lists are empty")
 
 
-def _word_counts(references: Sequence[str], hypotheses: Sequence[str]) -> np.ndarray:
+def word_counts(references: Sequence[str], hypotheses: Sequence[str]) -> np.ndarray:
     """Errors and reference words of each utterance: int64 [utterances, 2]."""
     _check_lists(references, hypotheses)
     rows = []
@@ -93,7 +152,7 @@ def _word_counts(references: Sequence[str], hypotheses: Sequence[str]) -> np.nda
     return np.array(rows, dtype=np.int64)
 
 
-def _character_counts(references: Sequence[str], hypotheses: Sequence[str]) -> np.ndarray:
+def character_counts(references: Sequence[str], hypotheses: Sequence[str]) -> np.ndarray:
     """Errors and reference characters of each utterance: int64 [utterances, 2]."""
     _check_lists(references, hypotheses)
     rows = []

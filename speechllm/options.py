@@ -19,6 +19,7 @@ class Options:
     timeout: seconds from asking to the last id; what is there by then is the answer. None for no limit.
     min_confidence: an answer of less confidence is withheld.
     labels: the answers there are; empty for those of the task, if it has any.
+    task: whose grammar answers keep to, by its name, whatever the words of the instruction; None where they decide.
 
     Raises InputError, naming the setting, for values out of range or at odds with one another.
     """
@@ -31,6 +32,7 @@ class Options:
     timeout: float | None = None
     min_confidence: float = 0.0
     labels: tuple[str, ...] = ()
+    task: str | None = None
 
     MAX_BEAMS = 16
     MAX_TEMPERATURE = 2.0
@@ -53,6 +55,14 @@ class Options:
             raise InputError("beams keeps the likeliest and temperature draws at random: give one of them")
         if self.beams > 1 and self.top_p < 1:
             raise InputError("top_p limits random draws, and beams makes none: give one of them")
+
+        if self.task is not None:
+            from speechllm.tasks import TASKS  # with numpy, for which a command's --help does not wait
+
+            if self.task not in TASKS:
+                raise InputError(f"task must be one of {', '.join(TASKS)}, not {self.task!r}")
+        if self.task and self.labels:
+            raise InputError("labels say what the answers are, and so does task: give one of them")
 
     def _are_labels(self) -> bool:
         names = [" ".join(label.split()) for label in self.labels]

@@ -34,7 +34,7 @@ class Example:
 class Rendered:
     """A sequence for the LM.
 
-    ids: int64 [seq]. loss_mask: bool [seq], true on the answer and its end token.
+    ids: int64 [seq]. loss_mask: bool [seq], true on the answer and its end token, and on those of learnt shots.
     prompt_length: ids before the answer; `ids[:prompt_length]` is what is served.
     """
 
@@ -56,24 +56,34 @@ class Batch:
     position_ids: Tensor
 
 
-def render(example: Example, vocabulary: Vocabulary, text: TextTokenizer, shots: Sequence[Example] = ()) -> Rendered:
+def render(
+    example: Example,
+    vocabulary: Vocabulary,
+    text: TextTokenizer,
+    shots: Sequence[Example] = (),
+    learnt: Sequence[bool] | None = None,
+) -> Rendered:
     """Shots, then the example: `<audio_begin> codes <audio_end> instruction <answer> answer <end>` each.
 
     The audio comes first, so that its cache serves every question about it. Without an answer the sequence stops
     after `<answer>`: exactly the first `prompt_length` ids of the sequence with one. Answers of shots are context and
-    carry no loss. Raises InputError for an empty instruction or a shot without an answer, ValueError for bad codes.
+    carry no loss, but for those that are ``learnt``. Raises InputError for an empty instruction or a shot without an
+    answer, ValueError for bad codes.
     """
     parts: list[Tensor] = []
-    for number, shot in enumerate(shots, 1):
+    scored: list[Tensor] = []  # of each part
+    for number, (shot, counts) in enumerate(zip(shots, learnt or [False] * len(shots), strict=True), 1):
         if shot.answer is None:
             raise InputError(f"shot {number} has no answer: a shot is a solved example")
         parts += [_prompt(shot, vocabulary, text), _answer(shot.answer, vocabulary, text)]
+        scored += [torch.full_like(parts[-2], False), torch.full_like(parts[-1], counts)]
     parts.append(_prompt(example, vocabulary, text))
-    prompt = torch.cat(parts)  # [prompt_length]
-    if example.answer is None:
-        return Rendered(prompt, torch.zeros_like(prompt, dtype=torch.bool), len(prompt))
-    ids = torch.cat([prompt, _answer(example.answer, vocabulary, text)])  # [seq]
-    return Rendered(ids, torch.arange(len(ids)) >= len(prompt), len(prompt))
+    scored.append(torch.full_like(parts[-1], False))
+    prompt_length = sum(map(len, parts))
+    if example.answer is not None:
+        parts.append(_answer(example.answer, vocabulary, text))
+        scored.append(torch.full_like(parts[-1], True))
+    return Rendered(torch.cat(parts), torch.cat(scored).bool(), prompt_length)
 
 
 def labels(rendered: Rendered) -> Tensor:

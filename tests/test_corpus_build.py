@@ -382,7 +382,8 @@ def test_shipped_voices_and_sentences_of_splits_differ(shipped: Recipe) -> None:
         if spoken.text != "nonspeech":
             able = voices(spoken.split, spoken.language)
             people[spoken.split] |= {v.person for v in able if not spoken.engines or v.engine in spoken.engines}
-            files[spoken.split].add(spoken.text)
+            if not spoken.words:  # these are of the same sentences, and are other ones in each split
+                files[spoken.split].add(spoken.text)
     assert all(people.values()) and all(files.values())
     for one, other in combinations(people, 2):
         assert not people[one] & people[other]

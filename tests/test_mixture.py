@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speechllm.codec import SpeechCodec, SpeechCodecConfig
-from speechllm.data import mixture as mixtures
+from speechllm.data import pools
 from speechllm.data.encoded import read_encoded, row_codes, row_facts, write_facts
 from speechllm.data.mixture import CodeNoise, Draw, Mixture, TrainingBatch, pack
 from speechllm.errors import InputError
@@ -157,9 +157,9 @@ def test_a_pool_holds_what_has_an_answer_shortest_first(rows: Dataset) -> None:
     assert read == pytest.approx(4 + (len(question) + len("".join(map(str, answer)))) / 3.7)  # nothing is heard
     short = Mixture({"one": one, "two": two}, PLAIN, TEXT, ("transcribe",), max_seconds=0.1)
     assert names(short) == {"transcribe": {"one": ["boy"]}}
-    (asked, answer) = (short.example(draws_of(short, "transcribe", "boy")[0], Random(0)), ("A boy",))
+    (asked, answer) = (short.episode(draws_of(short, "transcribe", "boy")[0], Random(0))[-1], ("A boy",))
     assert (asked.answer, asked.task, asked.language, asked.speaker) == (answer, "transcribe", "en", "ann")
-    heard = mixture.example(draws_of(mixture, "translate_de", "heard")[0], Random(0))
+    heard = mixture.episode(draws_of(mixture, "translate_de", "heard")[0], Random(0))[-1]
     assert heard.answer == ("Ja.",)
 
 
@@ -183,15 +183,15 @@ def test_what_there_is_no_mark_for_is_not_asked() -> None:
 def test_a_changed_task_is_noticed(rows: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the files of datasets remember of an earlier run must not stand in for it."""
     before = names(make(rows, "transcribe"))
-    monkeypatch.setitem(mixtures.TASKS, "transcribe", TASKS["translate_text_de"])
+    monkeypatch.setitem(pools.TRAINABLE, "transcribe", TASKS["translate_text_de"])
     assert names(make(rows, "transcribe")) == {"transcribe": {"codes": ["dogs"]}} != before
 
 
 def test_what_a_row_can_teach_is_found_out_once(rows: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     before = names(make(rows, "transcribe"))
-    monkeypatch.delattr(mixtures, "size")  # which a row that is described anew needs
+    monkeypatch.delattr(pools, "size")  # which a row that is described anew needs
     assert names(make(rows, "transcribe")) == before
-    monkeypatch.setattr(mixtures, "_source", lambda: "another package")
+    monkeypatch.setattr(pools, "_source", lambda: "another package")
     with pytest.raises(NameError, match="size"):
         make(rows, "transcribe")
 
@@ -199,7 +199,7 @@ def test_what_a_row_can_teach_is_found_out_once(rows: Dataset, monkeypatch: pyte
 def test_tasks_on_text_hear_nothing(rows: Dataset) -> None:
     mixture = make(rows, "translate_text_de", noise=CodeNoise(0.5, 0.5))
     draws = draws_of(mixture, "translate_text_de", "dogs")
-    example = mixture.example(draws[0], Random(0))
+    example = mixture.episode(draws[0], Random(0))[-1]
     assert example.codes.shape == (2, 0)
     assert example.instruction.endswith("Two dogs run.")
     batch = mixture.batch(draws, 100, Random(0))
@@ -264,9 +264,9 @@ def test_a_batch_follows_from_the_random_state(rows: Dataset) -> None:
     packed = mixture.batch(draws, 10_000, Random("a"))
     assert len(packed.lm.input_ids) == 1 < len(first.lm.input_ids)
     assert sorted(sequences(packed)) == sorted(sequences(first)), "packing changes no sequence"
-    wordings = {mixture.example(draws[0], Random(seed)).instruction for seed in range(400)}
+    wordings = {mixture.episode(draws[0], Random(seed))[-1].instruction for seed in range(400)}
     assert wordings == set(TASKS["transcribe"].wordings)
-    assert mixture.example(draws[0], Random(1), ("Now!",)).instruction == "Now!"
+    assert mixture.episode(draws[0], Random(1), ("Now!",))[-1].instruction == "Now!"
 
 
 @settings(deadline=None)

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from speechllm.data.mixture import Pool
+from speechllm.data.pools import Pool
 from speechllm.data.replay import ReplaySchedule
 from speechllm.data.schedule import Schedule
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from speechllm.data.mixture import Draw, Pool
+from speechllm.data.mixture import Draw
+from speechllm.data.pools import Pool
 from speechllm.data.schedule import WINDOW, Pools, Schedule
 
 

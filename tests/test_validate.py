@@ -39,26 +39,45 @@ def mixture() -> Mixture:
 @pytest.mark.parametrize("most", [1, 40, 78, 79, 500])
 def test_clips_of_all_lengths_are_spread_over_the_ranks(mixture: Mixture, most: int) -> None:
     whole = dev_set("dev", mixture, "transcribe", most, 0, 1)
-    frames = [example.codes.shape[1] for example in whole.examples]
+    frames = [example.codes.shape[1] for (example,) in whole.examples]
     assert len(set(frames)) == len(frames) == min(most, 79)
     if most > 1:
         gaps = [b - a for a, b in zip([0, *frames], [*frames, 80], strict=True)]
         assert max(gaps) <= 3, "from the shortest to the longest"
-    for example, seconds in zip(whole.examples, whole.durations, strict=True):
+    for (example,), seconds in zip(whole.examples, whole.durations, strict=True):
         assert seconds == example.codes.shape[1] / 25
         assert example.codes.tolist() == [[example.codes.shape[1] % 16] * example.codes.shape[1]]
         assert (example.instruction, example.answer) == (TASKS["transcribe"].wordings[0], ("Yes.",))
     ranks = [dev_set("dev", mixture, "transcribe", most, rank, 3) for rank in range(3)]
     shared = [seconds for rank in ranks for seconds in rank.durations]
-    swaps = {len(e.codes[0]): len(other.codes[0]) for e, other in zip(whole.examples, whole.foreign, strict=True)}
+    pairs = zip(whole.examples, whole.foreign, strict=True)
+    swaps = {len(e.codes[0]): len(other.codes[0]) for (e,), (other,) in pairs}
     assert swaps == dict(zip(frames, frames[1:] + frames[:1], strict=True)), "the next clip's audio, whatever the ranks"
     for rank in ranks:
         assert len(rank.examples) == len(rank.foreign) == -(-len(frames) // 3), "as many on each"
         assert rank.counted == len(rank.durations)
-        for example, other in zip(rank.examples, rank.foreign, strict=True):
+        for (example,), (other,) in zip(rank.examples, rank.foreign, strict=True):
             assert swaps[len(example.codes[0])] == len(other.codes[0])
             assert (example.instruction, example.answer) == (other.instruction, other.answer)
     assert sorted(shared) == sorted(whole.durations)
+
+
+def test_the_audio_of_what_is_asked_is_swapped_and_that_of_its_shots_is_not() -> None:
+    rows = [
+        {
+            "id": str(n), "split": "dev", "source": "made", "speaker": "ab"[n % 2], "n_q": 1,
+            "facts": write_facts(Facts(0.4, "Yes.", "en")), "codes": [n] * 10,
+        }
+        for n in range(12)
+    ]  # fmt: skip
+    data = Dataset.from_list(rows, features=FEATURES)
+    mixture = Mixture({"dev": data}, Vocabulary(TEXT.size, n_q=1, card=16), TEXT, ["few_shot_speaker"])
+    dev = dev_set("dev", mixture, "few_shot_speaker", 10, 0, 1)
+    for number, (own, other) in enumerate(zip(dev.examples, dev.foreign, strict=True)):
+        assert len(own) > 1
+        assert all(a is b for a, b in zip(own[:-1], other[:-1], strict=True))
+        assert torch.equal(other[-1].codes, dev.examples[(number + 1) % len(dev.examples)][-1].codes)
+        assert (own[-1].instruction, own[-1].answer) == (other[-1].instruction, other[-1].answer)
 
 
 def test_labels_take_more_clips(mixture: Mixture) -> None:
@@ -74,7 +93,7 @@ def test_losses_are_those_of_hugging_face_and_only_of_what_is_scored(mixture: Mi
     lm = make_model(sizes, words.size, words.pad, words.end).eval()
     examples = dev_set("dev", mixture, "transcribe", 5, 0, 1).examples
     expected, ids = 0.0, 0
-    for example in examples[:3]:
+    for (example,) in examples[:3]:
         alone = collate([[render(example, words, TEXT)]], words.pad)
         scored = int((alone.labels != IGNORE_INDEX).sum())
         expected += lm(input_ids=alone.input_ids, labels=alone.labels).loss.item() * scored

@@ -74,6 +74,24 @@ def test_what_means_the_same_is_taken_over(
     assert lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
 
 
+@torch.no_grad()
+def test_a_dense_model_becomes_experts_that_answer_alike(tiny_checkpoint: Path, codec: Codec, tmp_path: Path) -> None:
+    dense = model(PLAIN, 7, num_experts=1, top_k=1)
+    save_checkpoint(
+        tmp_path, dense, tiny_checkpoint / "codec", TEXT, PLAIN,
+        name="dense", max_audio_seconds=2.0, max_answer_tokens=6, tasks=["transcribe"],
+    )  # fmt: skip
+    lm = model(PLAIN, 8)
+    routers = {name: value.clone() for name, value in lm.state_dict().items() if name.endswith("gate.weight")}
+    start_from(tmp_path, lm, PLAIN, TEXT, codec)
+    ids = torch.randint(0, PLAIN.size, (2, 20))
+    assert torch.allclose(lm(ids).logits, load_checkpoint(tmp_path).lm(ids).logits, atol=1e-4)
+    assert lm.config.num_local_experts == 4
+    assert routers and all(torch.equal(lm.state_dict()[name], value) for name, value in routers.items())
+    with pytest.raises(InputError, match="a model of another size"):
+        start_from(tmp_path, model(PLAIN, 8, expert_size=16), PLAIN, TEXT, codec)
+
+
 def test_what_cannot_be_a_start_is_named_in_one_line(tiny_checkpoint: Path, codec: Codec, tmp_path: Path) -> None:
     torch.manual_seed(1)
     assert isinstance(codec, SpeechCodec)

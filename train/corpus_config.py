@@ -59,6 +59,7 @@ class Synthesis(Settings):
     language: str = "en"
     split: Split = "train"
     fragments: float = Field(0.0, ge=0, le=1)
+    words: int = Field(0, ge=0)
     seed: int = Field(1, ge=0)
     engines: tuple[Engine, ...] = ()
 

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from speechllm.checkpoint import CODEC, DEFAULT, CheckpointSettings
 from speechllm.errors import InputError, first_problem
-from speechllm.tasks import TASKS
+from speechllm.tasks import TRAINABLE
 from train.config import Settings
 from train.pretrain_config import Pretraining
 from train.training_config import Tasks, Training, Weights, known_tasks
@@ -98,7 +98,7 @@ class Finetuning(Training):
         """Those of the replay, with their weights; none without one."""
         if not self.replay:
             return {}
-        return self.replay.tasks or {name: 1.0 for name in checkpoint.tasks if name in TASKS}
+        return self.replay.tasks or {name: 1.0 for name in checkpoint.tasks if name in TRAINABLE}
 
     def replayed(self) -> Weights:
         """Corpora of the replay that examples are taken from, with their weights."""
@@ -111,7 +111,7 @@ class Finetuning(Training):
     def check(self, checkpoint: CheckpointSettings) -> None:
         """Raises InputError for a task that the checkpoint has no ids for."""
         for setting, tasks in (("tasks", self.tasks), ("replay.tasks", self.replayed_tasks(checkpoint))):
-            timed = [name for name in tasks if TASKS[name].marks]
+            timed = [name for name in tasks if TRAINABLE[name].marks]
             if timed and not checkpoint.vocabulary.get("times"):
                 raise InputError(
                     f"{setting}: {', '.join(timed)}: the vocabulary of {self.model} has no marks of times: leave such "

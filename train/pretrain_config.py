@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from speechllm.data.schedule import WINDOW
 from speechllm.model import ModelConfig
-from speechllm.tasks import TASKS
+from speechllm.tasks import TRAINABLE
 from speechllm.vocabulary import Vocabulary
 from train.balance import BalanceSettings, FixedSettings, PlainSettings
 from train.training_config import Training, Weights
@@ -86,7 +86,7 @@ class Pretraining(Training):
     @property
     def times(self) -> int:
         """Marks of times in the vocabulary: enough for the longest clip when a task needs them."""
-        if not any(TASKS[name].marks for name in self.tasks):
+        if not any(TRAINABLE[name].marks for name in self.tasks):
             return 0
         return math.ceil(self.max_audio_seconds / Vocabulary.TIME_STEP) + 1
 

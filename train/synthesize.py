@@ -7,7 +7,9 @@ splits speak in turn, each its own sentences.
 
 import re
 import string
+import zlib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +24,7 @@ from speechllm.data.manifest import Split
 from speechllm.data.recorded import Sentence, read_sentences
 from speechllm.data.synthesis import SAMPLE_RATE, Engine, EngineError, Voice, require_voice, speak, voices
 from speechllm.errors import InputError
+from speechllm.metrics import normalize_text
 from speechllm.tasks import Segment
 from train.making import Outcome, make_corpus, plain_errors, report, write_utterance
 
@@ -32,6 +35,8 @@ CLEAN_LEVEL_DB = -23.0  # of dev and test
 NOISE_SHARE, SNRS_DB = 0.3, (10.0, 30.0)
 MAX_FRAGMENT = 4  # words
 MAX_DIGITS = 6
+SHORTEST_WORD = 3  # letters of a word that is spoken by itself
+WORD_SPLITS: tuple[Split, ...] = ("dev", "test") + ("train",) * 14
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Plan:
     seed: int
     noise: Path | None
     engines: tuple[str, ...] = get_args(Engine)
+    words: int = 0
 
     def settings(self) -> dict[str, Any]:
         """What the utterances depend on, as JSON holds it."""
@@ -59,7 +65,7 @@ class Plan:
             "seed": self.seed,
             "noise": None if self.noise is None else str(self.noise),
             "voices": [voice.name for voice in self.voices()],
-        }
+        } | ({"words": self.words} if self.words else {})  # corpora that were made before there was this setting
 
     def voices(self) -> list[Voice]:
         return [voice for voice in voices(self.split, self.language) if voice.engine in self.engines]
@@ -86,8 +92,9 @@ def prepare(
     seed: int = 1,
     noise: Path | None = None,
     engines: tuple[str, ...] = (),
+    words: int = 0,
 ) -> Plan:
-    """Read the sentences; no engine means all of them.
+    """Read the sentences; no engine means all of them. With ``words`` so many of their words take their place.
 
     Raises:
         InputError: an engine is unknown, or the file of sentences cannot be read or has none in the language.
@@ -101,8 +108,14 @@ def prepare(
         sentences = tuple(sentence for sentence in sentences if language in sentence.texts())
         if not sentences:
             raise InputError(f"{text}: no sentence in {language}")
+    if words:
+        if not sentences:
+            raise InputError(f"--words: {text} are no sentences to take words from")
+        sentences = tuple(single_words([sentence.texts()[language] for sentence in sentences], words, language, split))
     return Plan(
-        out.resolve().name, out, text, sentences, language, split, fragments, seed, noise, engines or get_args(Engine)
+        *(out.resolve().name, out, text, sentences, language, split, fragments, seed, noise),
+        engines or get_args(Engine),
+        words,
     )
 
 
@@ -112,6 +125,18 @@ def fragment_of(text: str, rng: np.random.Generator) -> str:
     size = int(rng.integers(1, min(MAX_FRAGMENT, len(words)) + 1))
     start = int(rng.integers(0, len(words) - size + 1))
     return " ".join(words[start : start + size]).strip(string.punctuation + " ")
+
+
+def single_words(texts: Iterable[str], most: int, language: str, split: Split) -> list[Sentence]:
+    """The ``most`` frequent words of the texts, those of the split alone: a word is spoken by itself in one of them."""
+    counts = Counter(word for text in texts for word in normalize_text(text).split() if len(word) >= SHORTEST_WORD)
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))[:most]
+    return [Sentence(word, word, language=language) for word in ranked if split_of(word) == split]
+
+
+def split_of(word: str) -> Split:
+    """Where a word is spoken by itself, whatever the corpus: seven eighths of all words train."""
+    return WORD_SPLITS[zlib.crc32(word.encode()) % len(WORD_SPLITS)]
 
 
 def digits_text(rng: np.random.Generator) -> str:
@@ -213,6 +238,9 @@ def main(
     fragments: Annotated[
         float, typer.Option(min=0, max=1, help="Share that speaks only 1-4 words of a sentence")
     ] = 0.0,
+    words: Annotated[
+        int, typer.Option(min=0, help="Speak single words, of so many frequent ones those that the split has")
+    ] = 0,
     seed: Annotated[int, typer.Option(min=0, help="The corpus follows from it")] = 1,
     noise: Annotated[Path | None, typer.Option(help="Recorded set whose train split is mixed in as noise")] = None,
     engine: Annotated[list[str] | None, typer.Option(help="Only voices of this engine; repeatable")] = None,
@@ -221,7 +249,7 @@ def main(
     """Make a corpus of synthetic speech."""
     console = Console(stderr=True)
     with plain_errors(out):
-        plan = prepare(text, out, language, split, fragments, seed, noise, tuple(engine or ()))
+        plan = prepare(text, out, language, split, fragments, seed, noise, tuple(engine or ()), words)
         tally = synthesize(plan, count, jobs, console)
     report(out, tally)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, field_validator, model_validator
 
 from speechllm.model import Attention
-from speechllm.tasks import TASKS
+from speechllm.tasks import TRAINABLE
 from train.config import Settings
 
 Weights = dict[Path, Annotated[float, Field(gt=0)]]
@@ -18,8 +18,8 @@ Tasks = dict[str, Annotated[float, Field(allow_inf_nan=False)]]
 def known_tasks(tasks: Tasks) -> Tasks:
     """The same. Raises ValueError for a task that there is not, or a weight of 0 or less."""
     for name, share in tasks.items():
-        if name not in TASKS:
-            raise ValueError(f"unknown task {name!r}: known are {', '.join(TASKS)}")
+        if name not in TRAINABLE:
+            raise ValueError(f"unknown task {name!r}: known are {', '.join(TRAINABLE)}")
         if share <= 0:
             raise ValueError(f"the share of {name} must be above 0; leave the task out instead")
     return tasks

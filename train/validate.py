@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from random import Random
 
@@ -19,7 +19,7 @@ from speechllm.data.encoded import read_encoded
 from speechllm.data.mixture import Draw, Mixture
 from speechllm.generate import generate
 from speechllm.prompt import IGNORE_INDEX, Example, answer_parts, collate, next_ids, render
-from speechllm.tasks import TASKS, Parts
+from speechllm.tasks import TRAINABLE, Parts
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 from train.objective import log_probs
@@ -43,8 +43,8 @@ class DevSet:
 
     name: str
     task: str
-    examples: list[Example]
-    foreign: list[Example]  # the same with the audio of the next clip, of all ranks'
+    examples: list[list[Example]]  # shots, where the task has them, and what is asked
+    foreign: list[list[Example]]  # the same with the audio of the next clip, of all ranks', in what is asked
     durations: list[float]  # of the clips that count, in seconds
     counted: int
 
@@ -74,13 +74,13 @@ class Validation:
             label = f"{dev.task}_{dev.name}"
             own, foreign = self.losses(lm, dev)
             scores[f"loss_{label}"] = own
-            if TASKS[dev.task].listens:
+            if TRAINABLE[dev.task].listens:
                 scores[f"gap_{label}"] = foreign - own
-            answers = [example.answer for example in dev.examples[: dev.counted]]
+            answers = [last.answer for *_, last in dev.examples[: dev.counted]]
             shares = gather((self.decode(lm, dev)[: dev.counted], answers, dev.durations))
             said, true, durations = ([*chain(*parts)] for parts in zip(*shares, strict=True))
-            read = TASKS[dev.task].read
-            for name, value in score(TASKS[dev.task], [*map(read, true)], [*map(read, said)], durations).items():
+            read = TRAINABLE[dev.task].read
+            for name, value in score(TRAINABLE[dev.task], [*map(read, true)], [*map(read, said)], durations).items():
                 scores[f"{name}_{label}"] = value
         lm.train()
         return scores
@@ -99,9 +99,10 @@ class Validation:
         own_mean, foreign_mean = (sums[:2] / sums[2]).tolist()
         return own_mean, foreign_mean
 
-    def summed_loss(self, lm: PreTrainedModel, examples: list[Example], counted: int) -> tuple[Tensor, Tensor]:
+    def summed_loss(self, lm: PreTrainedModel, examples: list[list[Example]], counted: int) -> tuple[Tensor, Tensor]:
         """Summed loss over the answers' ids of the first ``counted`` examples, and their number."""
-        batch = collate([[render(e, self.vocabulary, self.text)] for e in examples], self.vocabulary.pad)
+        rows = [[render(last, self.vocabulary, self.text, shots)] for *shots, last in examples]
+        batch = collate(rows, self.vocabulary.pad)
         target = next_ids(batch.labels)
         target[counted:] = IGNORE_INDEX
         target = target.to(lm.device)
@@ -115,8 +116,8 @@ class Validation:
         answers: list[Parts] = []
         for start in range(0, len(dev.examples), CHUNK):
             prompts = [
-                render(Example(e.codes, e.instruction), self.vocabulary, self.text).ids
-                for e in dev.examples[start : start + CHUNK]
+                render(replace(last, answer=None), self.vocabulary, self.text, shots).ids
+                for *shots, last in dev.examples[start : start + CHUNK]
             ]
             completions = generate(
                 lm,
@@ -137,13 +138,15 @@ class Validation:
 def dev_set(name: str, mixture: Mixture, task: str, most: int, rank: int, world: int) -> DevSet:
     """This rank's share of up to ``most`` clips (of labels more) of all lengths, asked in the task's first wording."""
     able = mixture.pools[task][name].rows.tolist()
-    count = min(most * LABELS if TASKS[task].metric == "accuracy" else most, len(able))
+    count = min(most * LABELS if TRAINABLE[task].metric == "accuracy" else most, len(able))
     chosen = [able[n * len(able) // count] for n in range(count)]
-    own, wording = chosen[rank::world], TASKS[task].wordings[:1]
+    own, wording = chosen[rank::world], TRAINABLE[task].wordings[:1]
     pairs = [*zip(chosen, chosen[1:] + chosen[:1], strict=True)]  # a clip and the next
     filled = pairs[rank::world] + pairs[-1:] * (-(-count // world) - len(own))
     examples, others = (
-        [mixture.example(Draw(task, row), Random(row), wording) for row in rows] for rows in zip(*filled, strict=True)
+        [mixture.episode(Draw(task, row), Random(row), wording) for row in rows] for rows in zip(*filled, strict=True)
     )
-    foreign = [Example(other.codes, e.instruction, e.answer) for e, other in zip(examples, others, strict=True)]
+    foreign = [
+        [*shots, replace(last, codes=other[-1].codes)] for (*shots, last), other in zip(examples, others, strict=True)
+    ]
     return DevSet(name, task, examples, foreign, [mixture.facts(row).duration for row in own], len(own))

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache
-from pathlib import Path
 from random import Random
 from time import perf_counter
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, Value, concatenate_datasets
-from datasets import Sequence as Values
-from datasets.fingerprint import Hasher
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 
-import speechllm
+from speechllm.data.code_noise import CodeNoise
 from speechllm.data.encoded import row_codes, row_facts
-from speechllm.errors import InputError
-from speechllm.prompt import Batch, Example, collate, render
-from speechllm.tasks import TASKS, TRAITS, Facts, Parts, Speaker, Task, Time
+from speechllm.data.episodes import EXCERPT, Turn, excerpt, label_turns, transcript_turns
+from speechllm.data.pools import find_pools
+from speechllm.prompt import Batch, Example, Rendered, collate, render
+from speechllm.tasks import TRAINABLE, TRAITS, Facts, FewShot, FewShotLabel, Task
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
-
-CHARACTERS_PER_PIECE = 3.7  # of text, about
-AROUND = 4  # control ids of a sequence
 
 
 @dataclass(frozen=True)
@@ -39,15 +32,18 @@ class Draw:
 
 @dataclass(frozen=True, eq=False)
 class TrainingBatch:
-    """A batch for the LM, and the transcripts for CTC on the audio positions of its examples, row by row."""
+    """A batch for the LM, and the transcripts for CTC on the audio positions of its clips, row by row.
+
+    An example has a clip, or as many more as it has shots.
+    """
 
     lm: Batch
     example_ids: Tensor  # int64 [B, seq]: the example a position belongs to, in the order of ``draws``; -1 on padding
     audio_mask: Tensor  # bool [B, seq]: the audio ids and the end-of-audio id
-    audio_lengths: Tensor  # int64 [examples]: how many of them are an example's
-    transcripts: Tensor  # int64 [examples, pieces], text ids padded with 0
-    transcript_lengths: Tensor  # int64 [examples]; 0 where there is no transcript
-    traits: Tensor  # int64 [examples, traits]: what is heard of TRAITS, as places of their labels; -1 where not known
+    audio_lengths: Tensor  # int64 [clips]: how many of them are a clip's
+    transcripts: Tensor  # int64 [clips, pieces], text ids padded with 0
+    transcript_lengths: Tensor  # int64 [clips]; 0 where there is no transcript
+    traits: Tensor  # int64 [clips, traits]: what is heard of TRAITS, as places of their labels; -1 where not known
     draws: tuple[Draw, ...]  # [examples]
     audio_seconds: float  # that its examples hear
     seconds: float  # that making the batch took
@@ -72,80 +68,6 @@ class TrainingBatch:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Pool:
-    """The recordings of one corpus that have an answer for one task, shortest first."""
-
-    rows: np.ndarray  # int64 [recordings]
-    lengths: np.ndarray  # float [recordings]: ids of their sequences, about
-
-
-@dataclass(frozen=True)
-class CodeNoise:
-    """Augmentation of codes: what the LM hears now and then differs from what was said.
-
-    replaced: share of frames whose codes are random ones. masked: share of frames that are hidden, in spans of up to
-    ``MAX_SPAN`` (time masking, Park et al. 2019).
-    """
-
-    replaced: float = 0.0
-    masked: float = 0.0
-
-    MAX_SPAN = 10  # frames
-
-    def __call__(self, codes: Tensor, card: int, rng: Random) -> Tensor:
-        """Codes ``[n_q, frames]``, another tensor of the same shape."""
-        frames = codes.shape[1]
-        generator = torch.Generator().manual_seed(rng.getrandbits(62))
-        hit = torch.rand(frames, generator=generator) < self.replaced
-        codes = torch.where(hit, torch.randint(card, codes.shape, generator=generator), codes)
-        # spans of 1 … MAX_SPAN frames that begin anywhere, even before the clip, so that its ends are hidden as often
-        # as its middle; so many that they leave 1 - masked of the frames, though some overlap
-        chance = -math.log1p(-self.masked) * 2 / (self.MAX_SPAN + 1)
-        for _ in range(sum(rng.random() < chance for _ in range(frames + self.MAX_SPAN - 1))):
-            start = rng.randrange(1 - self.MAX_SPAN, frames)
-            end = start + rng.randint(1, self.MAX_SPAN)
-            codes[:, max(0, start) : max(0, end)] = Vocabulary.MASKED
-        return codes
-
-
-def describe(row: dict, tasks: Sequence[str], vocabulary: Vocabulary, max_seconds: float) -> dict:
-    """What planning needs of a row: ``tasks`` it has answers for (by place), and ids of their sequences, about."""
-    facts = row_facts(row)
-    fits = facts.duration <= max_seconds
-    posed = [TASKS[name].pose(facts, Random(0)) if fits else None for name in tasks]
-    able = [place for place, asked in enumerate(posed) if asked and writable(asked[1], vocabulary)]
-    heard = len(vocabulary.audio_ids(row_codes(row, vocabulary.n_q))) if able else 0
-    said = [size(*asked) for asked in map(posed.__getitem__, able) if asked]
-    lengths = [n + heard * TASKS[tasks[place]].listens for place, n in zip(able, said, strict=True)]
-    return {"tasks": able, "lengths": lengths}
-
-
-def size(instruction: str, answer: Parts) -> float:
-    """Ids of a question and its answer, about."""
-    characters = len(instruction) + sum(len(part) for part in answer if isinstance(part, str))
-    return AROUND + characters / CHARACTERS_PER_PIECE + sum(not isinstance(part, str) for part in answer)
-
-
-def writable(answer: Parts, vocabulary: Vocabulary) -> bool:
-    """Whether there is a mark for each time and speaker of an answer."""
-    try:
-        for part in answer:
-            if isinstance(part, Time):
-                vocabulary.time(part.seconds)
-            elif isinstance(part, Speaker):
-                vocabulary.speaker(part.number)
-    except InputError:
-        return False
-    return True
-
-
-@cache
-def _source() -> str:
-    """A hash of the package's code."""
-    return Hasher.hash([path.read_bytes() for path in sorted(Path(speechllm.__file__).parent.rglob("*.py"))])
-
-
 class Mixture:
     """Rows of several corpora as examples of tasks. Everything random depends on the given random state alone.
 
@@ -165,32 +87,11 @@ class Mixture:
         self.vocabulary, self.text, self.noise = vocabulary, text, noise
         self.rows = concatenate_datasets(list(corpora.values()))
         self._facts = self.rows.select_columns("facts")
-        told = self.rows.map(
-            describe,
-            fn_kwargs={"tasks": list(tasks), "vocabulary": vocabulary, "max_seconds": max_seconds},
-            remove_columns=self.rows.column_names,
-            features=Features({"tasks": Values(Value("int64")), "lengths": Values(Value("float64"))}),
-            # kept in the cache of datasets, which by itself would not notice that a task is another
-            new_fingerprint=Hasher.hash(
-                [self.rows._fingerprint, [TASKS[t] for t in tasks], vocabulary.to_dict(), max_seconds, _source()]
-            ),
-            desc="tasks of each recording",
-        )
-        able: list[list[int]] = [[] for _ in tasks]
-        sizes: list[list[float]] = [[] for _ in tasks]
-        for row, (places, lengths) in enumerate(zip(told["tasks"], told["lengths"], strict=True)):
-            for place, length in zip(places, lengths, strict=True):
-                able[place].append(row)
-                sizes[place].append(length)
-        self._names, self._ends = list(corpora), np.cumsum([len(rows) for rows in corpora.values()])
-        self.pools: dict[str, dict[str, Pool]] = {}
-        for name, found, length in zip(tasks, able, sizes, strict=True):
-            cuts = np.searchsorted(found, self._ends[:-1])
-            parts = zip(np.split(np.array(found, int), cuts), np.split(np.array(length), cuts), strict=True)
-            for corpus, (rows, lengths) in zip(corpora, parts, strict=True):
-                if len(rows):
-                    order = np.argsort(lengths, kind="stable")
-                    self.pools.setdefault(name, {})[corpus] = Pool(rows[order], lengths[order])
+        sizes = {name: len(rows) for name, rows in corpora.items()}
+        self.pools, self._kin = find_pools(self.rows, sizes, tasks, vocabulary, max_seconds)
+        self._names, self._ends = list(corpora), np.cumsum([*sizes.values()])
+        words = self._kin.get("few_shot_word")
+        self._words = sorted({word for classes in words.groups.values() for word in classes}) if words else []
 
     def named(self, draws: Sequence[Draw]) -> str:
         """The utterances and tasks drawn, for messages."""
@@ -200,52 +101,85 @@ class Mixture:
         """What is known about the recording of a row."""
         return row_facts(self._facts[row])
 
-    def example(self, draw: Draw, rng: Random, wordings: tuple[str, ...] | None = None) -> Example:
-        """The utterance with an instruction (drawn from ``wordings``, the trained ones unless given) and its answer."""
-        row, task = self.rows[draw.row], TASKS[draw.task]
-        facts = row_facts(row)
+    def turns(self, draw: Draw, rng: Random, wordings: tuple[str, ...] | None = None) -> list[Turn]:
+        """Shots, where the task has them, and last the utterance drawn.
+
+        wordings: to draw instructions from; the trained ones unless given.
+        """
+        task = TRAINABLE[draw.task]
+        if isinstance(task, FewShotLabel):
+            return label_turns(self._kin[task.name], draw.row, self._words, rng, wordings or task.wordings)
+        if isinstance(task, FewShot):
+            return transcript_turns(self._kin[task.name], draw.row, self.facts, rng, wordings or task.wordings)
         corpus = self._names[int(np.searchsorted(self._ends, draw.row, "right"))]
         alike = self.pools[draw.task][corpus].rows
-        posed = task.pose(facts, rng, wordings, lambda: self.facts(int(rng.choice(alike))))
-        assert posed is not None, f"{row['id']} has no answer for {draw.task}"
-        return Example(self._heard(row, task, rng), *posed, task.name, facts.language, row["speaker"])
+        posed = task.pose(self.facts(draw.row), rng, wordings, lambda: self.facts(int(rng.choice(alike))))
+        assert posed is not None, f"row {draw.row} has no answer for {draw.task}"
+        return [Turn(draw.row, *posed)]
 
-    def _heard(self, row: dict, task: Task, rng: Random) -> Tensor:
-        """The codes of a row ``[n_q, frames]`` as the LM gets them."""
+    def example(self, turn: Turn, task: Task, rng: Random) -> Example:
+        """The utterance of a turn, what is asked about it and the answer."""
+        row = self.rows[turn.row]
         codes = row_codes(row, self.vocabulary.n_q)
         if not task.listens:
-            return codes[:, :0]
-        return self.noise(codes, self.vocabulary.card, rng) if self.noise else codes
+            codes = codes[:, :0]
+        elif not turn.whole:
+            codes = excerpt(codes, row_facts(row).duration, rng)
+        if self.noise and codes.numel():
+            codes = self.noise(codes, self.vocabulary.card, rng)
+        return Example(codes, turn.instruction, turn.answer, task.name, row_facts(row).language, row["speaker"])
+
+    def episode(self, draw: Draw, rng: Random, wordings: tuple[str, ...] | None = None) -> list[Example]:
+        """Shots, where the task has them, and last what is asked; see :meth:`turns`."""
+        return [example for _, example in self._clips(draw, rng, wordings)]
+
+    def sequence(self, draw: Draw, rng: Random) -> Rendered:
+        """As the LM sees it."""
+        return self._render(self._clips(draw, rng))
 
     def batch(self, draws: Sequence[Draw], row_length: int, rng: Random) -> TrainingBatch:
         """The draws as sequences packed into rows of up to ``row_length`` ids (or the longest sequence, if longer)."""
         begun = perf_counter()
-        examples = [self.example(draw, rng) for draw in draws]
-        rendered = [render(example, self.vocabulary, self.text) for example in examples]
+        clips = [self._clips(draw, rng) for draw in draws]
+        rendered = [self._render(own) for own in clips]
         rows = pack([len(sequence.ids) for sequence in rendered], row_length)
         order = [index for row in rows for index in row]
         lm = collate([[rendered[index] for index in row] for row in rows], self.vocabulary.pad)
         example_ids = torch.full_like(lm.input_ids, -1)
         lengths = torch.tensor([len(rendered[index].ids) for index in order])
         example_ids[lm.attention_mask.bool()] = torch.arange(len(order)).repeat_interleave(lengths)
-        facts = [self.facts(draw.row) for draw in draws]
-        heard = [self._transcript(facts[index], examples[index]) for index in order]
-        transcripts = [torch.tensor(self.text.encode(text), dtype=torch.int64) for text in heard]
+        heard = [clip for index in order for clip in clips[index]]
+        facts = [self.facts(turn.row) for turn, _ in heard]
+        texts = [self._transcript(f, *clip) for f, clip in zip(facts, heard, strict=True)]
+        transcripts = [torch.tensor(self.text.encode(text), dtype=torch.int64) for text in texts]
         return TrainingBatch(
             lm=lm,
             example_ids=example_ids,
             audio_mask=self._listening(lm.input_ids),
-            audio_lengths=torch.tensor([int(self._listening(rendered[index].ids).sum()) for index in order]),
+            audio_lengths=torch.tensor([self._heard(example) for _, example in heard]),
             transcripts=torch.nn.utils.rnn.pad_sequence(transcripts, batch_first=True),
             transcript_lengths=torch.tensor([len(t) for t in transcripts]),
-            traits=torch.tensor([self._traits(facts[index], examples[index]) for index in order]),
+            traits=torch.tensor([self._traits(f, example) for f, (_, example) in zip(facts, heard, strict=True)]),
             draws=tuple(draws[index] for index in order),
-            audio_seconds=sum(f.duration for f, draw in zip(facts, draws, strict=True) if TASKS[draw.task].listens),
+            audio_seconds=sum(self._seconds(f, *clip) for f, clip in zip(facts, heard, strict=True)),
             seconds=perf_counter() - begun,
         )
 
-    def _transcript(self, facts: Facts, example: Example) -> str:
-        if not example.codes.numel():
+    def _clips(self, draw: Draw, rng: Random, wordings: tuple[str, ...] | None = None) -> list[tuple[Turn, Example]]:
+        task = TRAINABLE[draw.task]
+        return [(turn, self.example(turn, task, rng)) for turn in self.turns(draw, rng, wordings)]
+
+    def _render(self, clips: Sequence[tuple[Turn, Example]]) -> Rendered:
+        *shots, last = (example for _, example in clips)
+        return render(last, self.vocabulary, self.text, shots, [turn.learnt for turn, _ in clips[:-1]])
+
+    def _heard(self, example: Example) -> int:
+        """Ids of the audio, and that of its end."""
+        return len(self.vocabulary.audio_ids(example.codes)) + 1
+
+    def _transcript(self, facts: Facts, turn: Turn, example: Example) -> str:
+        """What CTC reads: "" where the words are not known, not heard, or only partly."""
+        if not (example.codes.numel() and turn.whole):
             return ""
         return facts.text or " ".join(segment.text for segment in facts.segments)
 
@@ -255,6 +189,9 @@ class Mixture:
             trait.labels.index(label) if label in trait.labels else -1
             for trait, label in zip(TRAITS, labels, strict=True)
         ]
+
+    def _seconds(self, facts: Facts, turn: Turn, example: Example) -> float:
+        return facts.duration * bool(example.codes.numel()) if turn.whole else min(facts.duration, EXCERPT[1])
 
     def _listening(self, ids: Tensor) -> Tensor:
         return self.vocabulary.is_audio(ids) | (ids == self.vocabulary.audio_end)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from speechllm.data.mixture import Draw, Pool
+from speechllm.data.mixture import Draw
+from speechllm.data.pools import Pools
 from speechllm.data.sampling import short_first
 
-Pools = Mapping[str, Mapping[str, Pool]]
 Plan = list[list[list[Draw]]]  # of a window and some of its lanes: [step][lane][example]
 
 WINDOW = 50  # steps that are planned together, so that examples of like length meet

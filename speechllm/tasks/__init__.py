@@ -3,6 +3,7 @@
 from speechllm.tasks import wordings as w
 from speechllm.tasks.answer import Facts, ParsedAnswer, Part, Parts, Segment, Speaker, Time, shown
 from speechllm.tasks.base import Metric, Task, normalize_instruction
+from speechllm.tasks.few_shot import FewShot, FewShotLabel, few_shot_tasks
 from speechllm.tasks.labels import (
     Accent,
     Emotion,
@@ -15,12 +16,16 @@ from speechllm.tasks.labels import (
     Trait,
 )
 from speechllm.tasks.timed import Timed, VoiceActivity
-from speechllm.tasks.words import NextText, TextTranslation, Words
+from speechllm.tasks.words import NextText, Repeat, TextTranslation, Words
 
 __all__ = [
+    "FEW_SHOT",
     "TASKS",
+    "TRAINABLE",
     "TRAITS",
     "Facts",
+    "FewShot",
+    "FewShotLabel",
     "Metric",
     "ParsedAnswer",
     "Part",
@@ -74,6 +79,10 @@ TASKS: dict[str, Task] = {
         NextText("next_text", "wer", w.NEXT_TEXT, w.NEXT_TEXT_HELD_OUT),
     )
 }
+
+FEW_SHOT = few_shot_tasks(w.TRANSCRIBE, w.TRANSCRIBE_HELD_OUT)
+REPEAT = Repeat("repeat", "wer", w.REPEAT, ())
+TRAINABLE: dict[str, Task] = {**TASKS, **FEW_SHOT, REPEAT.name: REPEAT}  # what a mixture may hold
 
 TRAITS = tuple(task for task in TASKS.values() if isinstance(task, Trait))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+
+from speechllm.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Speaker:
 
 Part = str | Time | Speaker
 Parts = tuple[Part, ...]
+_MARK = re.compile(r"(<\|(?:[0-9]+(?:\.[0-9]+)?|spk[1-9][0-9]*)\|>)")
 
 
 def shown(parts: Iterable[Part]) -> str:
@@ -45,6 +49,26 @@ def shown(parts: Iterable[Part]) -> str:
         else:
             words.append(part)
     return " ".join(words)
+
+
+def parts_of(text: str) -> Parts:
+    """The inverse of :func:`shown`, for answers that people write; white space is collapsed.
+
+    To be asked only about answers to tasks with marks: anywhere else such text is text. Raises InputError for what
+    looks like a mark and is none.
+    """
+    parts: list[Part] = []
+    for number, piece in enumerate(_MARK.split(text)):
+        inside = piece[2:-2]
+        if number % 2:
+            parts.append(Speaker(int(inside[3:])) if inside.startswith("spk") else Time(float(inside)))
+        elif words := " ".join(piece.split()):
+            if wrong := re.search(r"\S*(?:<\||\|>)\S*", words):
+                raise InputError(
+                    f"{wrong[0]!r} is no mark: write <|0.32|> for a time in seconds, <|spk1|> for a speaker"
+                )
+            parts.append(words)
+    return tuple(parts)
 
 
 @dataclass(frozen=True)

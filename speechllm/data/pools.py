@@ -1,0 +1,143 @@
+"""What each recording can teach: recordings by task and corpus, and which of them have something in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from random import Random
+
+import numpy as np
+from datasets import Dataset, Features, Value
+from datasets import Sequence as Values
+from datasets.fingerprint import Hasher
+
+import speechllm
+from speechllm.data.encoded import row_codes, row_facts
+from speechllm.data.episodes import EXCERPT, Kin
+from speechllm.errors import InputError
+from speechllm.tasks import TRAINABLE, Facts, FewShot, FewShotLabel, Parts, Speaker, Time
+from speechllm.vocabulary import Vocabulary
+
+CHARACTERS_PER_PIECE = 3.7  # of text, about
+AROUND = 4  # control ids of a sequence
+LABELLED = 14  # ids of a shot with a label beside its audio, about
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """The recordings of one corpus that have an answer for one task, shortest first."""
+
+    rows: np.ndarray  # int64 [recordings]
+    lengths: np.ndarray  # float [recordings]: ids of their sequences, about
+
+
+Pools = Mapping[str, Mapping[str, Pool]]  # task -> corpus -> recordings
+
+
+def find_pools(
+    rows: Dataset, sizes: Mapping[str, int], tasks: Sequence[str], vocabulary: Vocabulary, max_seconds: float
+) -> tuple[Pools, dict[str, Kin]]:
+    """Pools, and for tasks with shots which recordings have something in common.
+
+    sizes: corpus -> how many of the ``rows`` are its own, in their order. Recordings of more than ``max_seconds`` are
+    left out.
+    """
+    told = rows.map(
+        describe,
+        fn_kwargs={"tasks": list(tasks), "vocabulary": vocabulary, "max_seconds": max_seconds},
+        remove_columns=rows.column_names,
+        features=Features(
+            {
+                "tasks": Values(Value("int64")),
+                "lengths": Values(Value("float64")),
+                "keys": Values(Values(Value("string"))),
+            }
+        ),
+        # kept in the cache of datasets, which by itself would not notice that a task is another
+        new_fingerprint=Hasher.hash(
+            [rows._fingerprint, [TRAINABLE[t] for t in tasks], vocabulary.to_dict(), max_seconds, _source()]
+        ),
+        desc="tasks of each recording",
+    )
+    found: list[list[tuple[int, float, list[str]]]] = [[] for _ in tasks]
+    for row, parts in enumerate(zip(told["tasks"], told["lengths"], told["keys"], strict=True)):
+        for place, length, keys in zip(*parts, strict=True):
+            found[place].append((row, length, keys))
+    corpora, ends = np.array([*sizes]), np.cumsum([*sizes.values()])
+    pools: dict[str, dict[str, Pool]] = {}
+    kin: dict[str, Kin] = {}
+    for name, able in zip(tasks, found, strict=True):
+        task = TRAINABLE[name]
+        if isinstance(task, FewShot):
+            corpus_of = corpora[np.searchsorted(ends, [row for row, *_ in able], "right")].tolist()
+            rows_of, ids, keys_of = zip(*able, strict=True) if able else ((), (), ())
+            own = kin[name] = Kin(task, rows_of, corpus_of, keys_of, ids)
+            able = [(row, length * (1 + own.shots(row)), keys) for row, length, keys in able if row in own.own]
+        cuts = np.searchsorted([row for row, *_ in able], ends[:-1])
+        split = zip(
+            np.split(np.array([row for row, *_ in able], int), cuts),
+            np.split(np.array([length for _, length, _ in able]), cuts),
+            strict=True,
+        )
+        for corpus, (places, lengths) in zip(sizes, split, strict=True):
+            if len(places):
+                order = np.argsort(lengths, kind="stable")
+                pools.setdefault(name, {})[corpus] = Pool(places[order], lengths[order])
+    return pools, kin
+
+
+def describe(row: dict, tasks: Sequence[str], vocabulary: Vocabulary, max_seconds: float) -> dict:
+    """What planning needs of a row: ``tasks`` it can teach (by place), ids of their sequences, about (of a turn, for
+    those with shots), and ``keys``: for tasks with shots what it may share with other rows.
+    """
+    facts = row_facts(row)
+    told: dict[str, list] = {"tasks": [], "lengths": [], "keys": []}
+    if facts.duration > max_seconds:
+        return told
+    heard = len(vocabulary.audio_ids(row_codes(row, vocabulary.n_q)))
+    for place, task in enumerate(TRAINABLE[name] for name in tasks):
+        keys: list[str] = []
+        if isinstance(task, FewShot):
+            keys = sorted(filter(None, task.keys(facts, row["speaker"])))
+            length = turn_size(task, facts, heard) if keys else None
+        else:
+            asked = task.pose(facts, Random(0))
+            length = size(*asked) + heard * task.listens if asked and writable(asked[1], vocabulary) else None
+        if length is not None:
+            for name, value in (("tasks", place), ("lengths", length), ("keys", keys)):
+                told[name].append(value)
+    return told
+
+
+def turn_size(task: FewShot, facts: Facts, heard: int) -> float:
+    """Ids of a recording of ``heard`` ids as part of an episode, about."""
+    if not isinstance(task, FewShotLabel):
+        return heard + size(task.wordings[0], (facts.text or "",))
+    return heard * (1.0 if task.whole else min(1.0, sum(EXCERPT) / 2 / facts.duration)) + LABELLED
+
+
+def size(instruction: str, answer: Parts) -> float:
+    """Ids of a question and its answer, about."""
+    characters = len(instruction) + sum(len(part) for part in answer if isinstance(part, str))
+    return AROUND + characters / CHARACTERS_PER_PIECE + sum(not isinstance(part, str) for part in answer)
+
+
+def writable(answer: Parts, vocabulary: Vocabulary) -> bool:
+    """Whether there is a mark for each time and speaker of an answer."""
+    try:
+        for part in answer:
+            if isinstance(part, Time):
+                vocabulary.time(part.seconds)
+            elif isinstance(part, Speaker):
+                vocabulary.speaker(part.number)
+    except InputError:
+        return False
+    return True
+
+
+@cache
+def _source() -> str:
+    """A hash of the package's code."""
+    return Hasher.hash([path.read_bytes() for path in sorted(Path(speechllm.__file__).parent.rglob("*.py"))])

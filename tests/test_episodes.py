@@ -1,0 +1,231 @@
+"""Episodes: what the shots of a question are, which answers are trained on, and what stays out of training."""
+
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from datasets import Dataset
+
+from speechllm.data.encoded import row_facts, write_facts
+from speechllm.data.episodes import EXCERPT, MAX_SHOTS, MAX_TRANSCRIPTS, ROOM, Kin, Turn, excerpt, label_turns
+from speechllm.data.label_names import HELD_OUT_NAMES, listed, names
+from speechllm.data.mixture import Draw, Mixture
+from speechllm.prompt import IGNORE_INDEX
+from speechllm.tasks import FEW_SHOT, TASKS, TRAINABLE, Facts, find_task
+from speechllm.text import TextTokenizer
+from speechllm.vocabulary import Vocabulary
+from train.encode import FEATURES
+
+TEXT = TextTokenizer.load(Path(__file__).parents[1] / "tokenizers" / "text.model")
+VOCABULARY = Vocabulary(TEXT.size, n_q=2, card=16, acoustic_stride=3)
+SPEAKERS = ("ann", "bob", "eve")
+WORDS = ("left", "right", "stop")
+SENTENCES = (
+    "The giraffe sleeps.",
+    "A giraffe eats.",
+    "The man sleeps.",
+    "Someone eats a giraffe now.",
+    "The man eats.",
+)
+
+
+def row(name: str, text: str | None, speaker: str, seconds: float, number: int) -> dict:
+    frames = round(25 * seconds)
+    codes = torch.randint(16, (2, frames), generator=torch.Generator().manual_seed(number))
+    facts = Facts(seconds, text, "en", {"ann": "female", "bob": "male"}.get(speaker))
+    return {
+        "id": name,
+        "split": "train",
+        "source": "made",
+        "speaker": speaker,
+        "facts": write_facts(facts),
+        "n_q": 2,
+        "codes": codes.flatten().tolist(),
+    }
+
+
+def corpus(texts: tuple[str, ...], seconds: float, each: int = 3) -> Dataset:
+    told = [(text, speaker, n) for n in range(each) for speaker in SPEAKERS for text in texts]
+    rows = [
+        row(f"{text} {speaker} {n}", text, speaker, seconds + 0.04 * place, place)
+        for place, (text, speaker, n) in enumerate(told)
+    ]
+    return Dataset.from_list(rows, features=FEATURES)
+
+
+@pytest.fixture(scope="module")
+def mixture() -> Mixture:
+    corpora = {"words": corpus(WORDS, 0.6), "sentences": corpus(SENTENCES, 3.0), "noise": corpus(("",), 1.0)}
+    return Mixture(corpora, VOCABULARY, TEXT, [*FEW_SHOT, "transcribe"])
+
+
+def episodes(mixture: Mixture, task: str, count: int = 120) -> list[list[Turn]]:
+    rows = [int(row) for pool in mixture.pools[task].values() for row in pool.rows]
+    return [mixture.turns(Draw(task, Random(n).choice(rows)), Random(n)) for n in range(count)]
+
+
+def text_of(mixture: Mixture, row: int) -> str | None:
+    return row_facts(mixture.rows[row]).text
+
+
+CLASS_OF: dict[str, Callable[[Mixture, int], str | None]] = {
+    "few_shot_word": text_of,
+    "few_shot_speaker": lambda mixture, row: mixture.rows[row]["speaker"],
+    "few_shot_gender": lambda mixture, row: row_facts(mixture.rows[row]).gender,
+    "few_shot_speech": lambda mixture, row: "somebody" if text_of(mixture, row) else "nobody",
+}
+
+
+@pytest.mark.parametrize("task", CLASS_OF)
+def test_labels_are_told_by_the_shots_alone(mixture: Mixture, task: str) -> None:
+    seen_counts, seen_labels = set(), set()
+    for turns in episodes(mixture, task):
+        classes = [CLASS_OF[task](mixture, turn.row) for turn in turns]
+        labels = [turn.answer[0] for turn in turns]
+        assert len(set(zip(classes, labels, strict=True))) == len(set(classes)) == len(set(labels))  # one for one
+        assert classes[-1] in classes[:-1]
+        assert [turn.learnt for turn in turns] == [c in classes[:n] for n, c in enumerate(classes)]
+        assert len({turn.instruction for turn in turns}) == 1
+        assert all(turn.whole == FEW_SHOT[task].whole for turn in turns)
+        seen_counts.add(len(turns) - 1)
+        seen_labels |= set(labels)
+    assert len(seen_counts) > 5
+    assert seen_counts <= set(range(1, MAX_SHOTS + 1))
+    assert len(seen_labels) > 60
+    assert not seen_labels & set(HELD_OUT_NAMES)
+
+
+def test_recordings_of_an_episode_are_of_one_corpus_unless_they_may_be_of_all(mixture: Mixture) -> None:
+    ends = {"words": 27, "sentences": 27 + 45, "noise": 27 + 45 + 9}
+
+    def corpora(turns: list[Turn]) -> set[str]:
+        return {next(name for name, end in ends.items() if turn.row < end) for turn in turns}
+
+    assert all(len(corpora(turns)) == 1 for turns in episodes(mixture, "few_shot_gender"))
+    assert any(len(corpora(turns)) == 3 for turns in episodes(mixture, "few_shot_speech"))
+
+
+def test_now_and_then_a_shot_is_the_recording_itself(mixture: Mixture) -> None:
+    again = [turns[-1].row in {turn.row for turn in turns[:-1]} for turns in episodes(mixture, "few_shot_word", 400)]
+    assert 0.08 < sum(again) / len(again) < 0.22
+
+
+def test_names_of_labels() -> None:
+    rng = Random(1)
+    drawn = [names(4, ["cat", "dog", "sun", "sea", *HELD_OUT_NAMES], rng) for _ in range(500)]
+    assert all(len(set(some)) == 4 for some in drawn)
+    assert not {name for some in drawn for name in some} & set(HELD_OUT_NAMES)
+    assert sum(set(some) == {"cat", "dog", "sun", "sea"} for some in drawn) > 100
+    assert any(len(name) == 1 for some in drawn for name in some)
+    assert [listed(some) for some in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a or b", "a, b or c"]
+
+
+def test_transcripts_have_related_ones_before_them(mixture: Mixture) -> None:
+    for turns in episodes(mixture, "few_shot_same_speaker"):
+        assert len({mixture.rows[turn.row]["speaker"] for turn in turns}) == 1
+        assert [turn.answer for turn in turns] == [(text_of(mixture, turn.row),) for turn in turns]
+        assert 2 <= len(turns) == len({turn.row for turn in turns}) <= MAX_TRANSCRIPTS + 1
+        assert all(turn.learnt and turn.whole for turn in turns)
+        assert turns[0].instruction in TASKS["transcribe"].wordings
+
+
+def test_hot_words_are_rare_and_shared() -> None:
+    texts = ("The giraffe sleeps.", "My giraffe eats.", "The people sleep.", *["The people walk."] * 30)
+    rows = [row(str(n), text, "ann", 1.0, n) for n, text in enumerate(texts)]
+    mixture = Mixture({"c": Dataset.from_list(rows, features=FEATURES)}, VOCABULARY, TEXT, ["few_shot_hot_words"])
+    assert mixture.pools["few_shot_hot_words"]["c"].rows.tolist() == [0, 1]  # "sleeps" once, "people" 31 times
+    for turns in episodes(mixture, "few_shot_hot_words", 10):
+        assert sorted(turn.row for turn in turns) == [0, 1]
+
+
+def test_who_has_no_relative_is_not_asked() -> None:
+    task = FEW_SHOT["few_shot_word"]
+    kin = Kin(task, [1, 2, 3, 4, 5], ["a", "a", "a", "b", "b"], [["x"], ["x"], ["y"], ["z"], ["z"]], [30.0] * 5)
+    assert kin.own == {}  # two words at least must be told apart, each said twice
+    kin = Kin(task, [1, 2, 3, 4, 5], ["a"] * 5, [["x"], ["x"], ["y"], ["z"], ["z"]], [30.0] * 5)
+    assert [*kin.own] == [1, 2, 4, 5]
+    assert {kin.relative(1, "z", Random(n)) for n in range(20)} == {4, 5}
+    assert {kin.relative(1, "x", Random(n)) for n in range(20)} == {2}
+
+
+def test_a_batch_trains_on_what_has_been_told(mixture: Mixture) -> None:
+    draws = [Draw(task, int(next(iter(mixture.pools[task].values())).rows[0])) for task in (*CLASS_OF, "transcribe")]
+    batch = mixture.batch(draws, 1, Random(5))
+    clips = [mixture.turns(draw, Random(0)) for draw in draws]
+    assert len(batch.draws) == len(draws) < len(batch.audio_lengths)
+    assert int(batch.audio_mask.sum()) == int(batch.audio_lengths.sum())
+    assert len(batch.transcript_lengths) == len(batch.traits) == len(batch.audio_lengths)
+    assert len(clips) == len(draws)
+    for number, draw in enumerate(batch.draws):
+        own = batch.example_ids == number
+        ids = batch.lm.input_ids[own]
+        answers = int((ids == VOCABULARY.answer).sum())
+        ends = (batch.lm.labels[own] == VOCABULARY.end).sum()
+        assert ends >= 1
+        assert (answers == 1) == (draw.task == "transcribe")
+        assert (ids == VOCABULARY.end).sum() == answers
+        assert (batch.lm.labels[own] != IGNORE_INDEX).sum() < (ids != 0).sum() / 3
+    heard = batch.transcript_lengths > 0
+    assert heard.any()
+    assert not heard.all()  # of an excerpt the words are not known
+
+
+def test_the_same_random_state_makes_the_same_batch(mixture: Mixture) -> None:
+    draws = [Draw("few_shot_speaker", int(mixture.pools["few_shot_speaker"]["words"].rows[n])) for n in range(4)]
+    first, again, other = (mixture.batch(draws, 1, Random(seed)).lm.input_ids for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert first.shape != other.shape or not torch.equal(first, other)
+
+
+def test_excerpts() -> None:
+    codes = torch.arange(100).expand(2, 100)
+    found = [excerpt(codes, 4.0, Random(seed)) for seed in range(200)]
+    assert {round(seconds * 25) for seconds in EXCERPT} <= {part.shape[1] for part in found}
+    assert {int(part[0, 0]) for part in found} >= {0, 40, 70}
+    assert all(torch.equal(part[0], torch.arange(int(part[0, 0]), int(part[0, -1]) + 1)) for part in found)
+    assert excerpt(codes[:, :20], 0.8, Random(0)).shape == (2, 20)
+
+
+def test_lengths_are_about_what_is_planned(mixture: Mixture) -> None:
+    for task in (*CLASS_OF, "few_shot_same_speaker"):
+        for pool in mixture.pools[task].values():
+            draws = [Draw(task, int(row)) for row in pool.rows.tolist() * 6]
+            real = [len(mixture.sequence(draw, Random(n)).ids) for n, draw in enumerate(draws)]
+            assert 0.6 < sum(real) / (6 * pool.lengths.sum()) < 1.5, task
+
+
+def test_no_wording_of_an_episode_asks_for_a_task() -> None:
+    for task in FEW_SHOT.values():
+        if task.metric == "accuracy":
+            assert not [w for w in (*task.wordings, *task.held_out) if find_task(w.replace("{}", "dax or wug"))]
+            assert not set(task.wordings) & set(task.held_out)
+
+
+def test_labels_come_from_the_words_of_others() -> None:
+    kin = Kin(FEW_SHOT["few_shot_word"], range(8), ["a"] * 8, [["x"], ["x"], ["y"], ["y"]] * 2, [30.0] * 8)
+    answers = {
+        turn.answer for n in range(300) for turn in label_turns(kin, 0, ["sea", "sun", "fog"], Random(n), ("?",))
+    }
+    assert {("sea",), ("sun",), ("fog",)} <= answers
+
+
+def test_what_is_repeated_has_to_be_looked_up() -> None:
+    task, facts = TRAINABLE["repeat"], Facts(1.0, "A man in a blue shirt sleeps.")
+    posed = [task.pose(facts, Random(seed)) for seed in range(50)]
+    answers = [asked[1] for asked in posed if asked]
+    assert len(set(answers)) == 50
+    assert all(asked and asked[0].endswith(asked[1][0]) for asked in posed)
+    assert {letter for answer in answers for letter in answer[0]} == set("A man in a blue shirt sleeps.")
+    assert task.pose(Facts(1.0, ""), Random(0)) is None
+
+
+def test_long_recordings_have_fewer_shots() -> None:
+    task = FEW_SHOT["few_shot_intent"]
+    ids = [50.0, 50.0, 400.0, 400.0, 1300.0, 1300.0]
+    kin = Kin(task, range(6), ["a"] * 6, [["x"], ["y"]] * 3, ids)
+    for row in range(6):
+        for seed in range(30):
+            turns = label_turns(kin, row, (), Random(seed), ("?",))
+            assert sum(ids[turn.row] for turn in turns) <= ROOM or len(turns) == 2
