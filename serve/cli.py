@@ -11,6 +11,7 @@ from serve.codes import app as codes_app
 from serve.export import export
 from serve.loading import Device, ModelOption, load
 from serve.plain_errors import plain_errors
+from serve.prompts import app as prompts_app
 from serve.server import serve
 from speechllm import __version__
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(codes_app)
+app.add_typer(prompts_app)
 
 
 def _print_version(wanted: bool) -> None:
@@ -55,7 +57,7 @@ def info(model: ModelOption = None) -> None:
         checkpoint = load(model, Device.cpu)
         from speechllm.adapter import adapter_names, describe_adapter
         from speechllm.model import parameter_counts
-        from speechllm.tasks import TASKS
+        from speechllm.tasks import TRAINABLE
 
         lm, codec, vocabulary, settings = checkpoint.lm, checkpoint.codec, checkpoint.vocabulary, checkpoint.settings
         total, used = parameter_counts(lm)
@@ -76,7 +78,8 @@ def info(model: ModelOption = None) -> None:
             "longest answer": f"{settings.max_answer_tokens} text pieces for each piece of audio",
         }
         for name in settings.tasks:
-            wording = TASKS[name].wordings[0].replace("{}", "…") if name in TASKS else "(unknown to this version)"
+            known = TRAINABLE.get(name)
+            wording = known.wordings[0].replace("{}", "…") if known else "(unknown to this version)"
             rows[f"task {name}"] = f'"{wording}", or other words for it'
         for name in adapter_names(checkpoint.folder):
             rows[f"adapter {name}"] = describe_adapter(checkpoint.folder, name)

@@ -25,6 +25,7 @@ from serve.plain_errors import complain
 from speechllm.errors import InputError
 
 STDIN = "-"  # as in speechllm.audio, which is not imported for its torch
+NO_AUDIO = ""  # in place of a file: what is asked is about text alone, which the instruction holds
 # fmt: off
 READABLE = frozenset((
     ".wav", ".wave", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".rf64",
@@ -52,6 +53,14 @@ def collect(arguments: Sequence[str]) -> list[str]:
             folder, name = os.path.split(file)
             files.setdefault((STDIN if file == STDIN else real(folder), name), file)
     return list(files.values())
+
+
+def on_text_alone(instruction: str) -> bool:
+    """Whether it is a wording of a task that needs no audio, e.g. "Translate this text to German: Two dogs run."."""
+    from speechllm.tasks import find_task  # slow to import, and --help is not to wait
+
+    task = find_task(instruction)
+    return task is not None and not task.listens
 
 
 def unique_names(files: Iterable[str]) -> dict[str, str]:
