@@ -23,6 +23,7 @@ import typer
 from serve.bench_peers import make_peers, versions
 from serve.bench_report import HUGGING_FACE, OURS, write_report
 from serve.bench_runs import Clips, Decoding, ask_program, compare, latency, several_questions, throughput
+from serve.bench_shots import shots_cost
 from serve.plain_errors import complain, plain_errors
 from speechllm.checkpoint import DEFAULT, load_checkpoint
 from speechllm.errors import InputError
@@ -37,18 +38,19 @@ class Scale:
     """How much is measured.
 
     lengths: of single clips, seconds. batches: prompts decoded together. concurrent: clips answered at once.
-    questions: about one clip. peer_clips: short ones that the others answer too.
+    questions: about one clip. shots: before a question. peer_clips: short ones that the others answer too.
     """
 
     lengths: Sequence[float]
     batches: Sequence[int]
     concurrent: Sequence[int]
     questions: Sequence[int]
+    shots: Sequence[int]
     peer_clips: int
 
 
-FULL = Scale((1.0, 5.0, 30.0), (1, 4, 16), (1, 4, 16, 64), (1, 2, 4, 8), 8)
-QUICK = Scale((1.0, 5.0), (1, 4), (1, 4), (1, 2), 2)
+FULL = Scale((1.0, 5.0, 30.0), (1, 4, 16), (1, 4, 16, 64), (1, 2, 4, 8), (0, 1, 2, 4, 8, 16), 8)
+QUICK = Scale((1.0, 5.0), (1, 4), (1, 4), (1, 2), (0, 2), 2)
 
 
 def measure(model: Path, folder: Path, scale: Scale, repeats: int, threads: int) -> dict[str, Any]:
@@ -67,6 +69,8 @@ def measure(model: Path, folder: Path, scale: Scale, repeats: int, threads: int)
     latencies = [latency(checkpoint, clips, seconds, turns) for seconds in scale.lengths]
     throughputs = throughput(checkpoint, clips, scale.concurrent, turns)
     questions = several_questions(checkpoint, clips, scale.questions, turns)
+    _say("shots")
+    shots = shots_cost(checkpoint, clips, scale.shots, turns)
     _say("speechllm ask")
     starts = [ask_program([clips.next(5.0)], model, 1, threads) for _ in range(turns)]
     most = max(scale.concurrent)
@@ -84,6 +88,7 @@ def measure(model: Path, folder: Path, scale: Scale, repeats: int, threads: int)
         "latency": latencies,
         "throughput": throughputs,
         "questions": questions,
+        "shots": shots,
         "cold_start": median(first for first, _ in starts[1:]),
         "megabytes": {1: starts[0][1], most: megabytes},
         "peers": compare(checkpoint, clips, peers, scale.lengths, scale.peer_clips, turns),

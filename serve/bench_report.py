@@ -78,6 +78,21 @@ def questions_table(questions: list[dict[str, float]]) -> str:
     return table(("questions", "times as fast", "together, ms", "one by one, ms"), rows)
 
 
+def shots_table(shots: list[dict[str, float]]) -> str:
+    rows = [
+        (
+            f"{row['shots']:g}",
+            f"{row['ids']:,.0f}",
+            f"{row['megabytes']:.1f}",
+            _ms(row["new"]),
+            _ms(row["again"]),
+            f"**{row['new'] / row['again']:.1f}**",
+        )
+        for row in shots
+    ]
+    return table(("shots", "ids", "memory, MB", "new, ms", "seen, ms", "times as fast"), rows)
+
+
 def peers_table(result: dict[str, Any]) -> str:
     """How many times as fast ours is, and seconds a second of audio."""
     kinds = result["peers"]
@@ -129,6 +144,10 @@ def as_markdown(result: dict[str, Any]) -> str:
         f"Most memory it held, clips {memory}.",
         "## Several questions about one clip",
         questions_table(result["questions"]),
+        "## Shots before a question",
+        "Clips of 2 s and their words, encoded beforehand. Those that were there before an earlier question are not "
+        "computed again; their memory is taken once.",
+        shots_table(result["shots"]),
         "## Beside others",
         "Ours is so many times as fast as each; in brackets seconds for a second of audio, from file to answer, with "
         "the program loaded. All make as many ids as ours; random weights take the time of trained ones.",
@@ -147,6 +166,8 @@ def _ratios(result: dict[str, Any]) -> dict[str, float]:
                 ratios[f"{HUGGING_FACE}, {what}, batch {batch['batch']}"] = own / other
     last, kind = result["questions"][-1], result["peers"][-1]
     ratios[f"{last['questions']} questions, one by one"] = last["one_by_one"] / last["together"]
+    shots = result["shots"][-1]
+    ratios[f"{shots['shots']} shots, computed anew"] = shots["new"] / shots["again"]
     factors = kind["real_time_factors"]
     return ratios | {f"{name}, {kind['clips']} clips": factors[name] / factors[OURS] for name in result["computes"]}
 

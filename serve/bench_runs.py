@@ -173,7 +173,7 @@ def latency(checkpoint: Checkpoint, clips: Clips, seconds: float, turns: int) ->
 def throughput(checkpoint: Checkpoint, clips: Clips, concurrent: Sequence[int], turns: int) -> list[dict[str, float]]:
     """The same clips, as many as the most at once, answered so many at a time."""
     files = [clips.short(max(concurrent)) for _ in range(turns)]
-    seconds = in_turns({count: partial(_ask, Answerer(checkpoint, count), files) for count in concurrent}, turns)
+    seconds = in_turns({count: partial(ask_files, Answerer(checkpoint, count), files) for count in concurrent}, turns)
     audio = sum(soundfile.info(file).duration for file in files[0])
     return [
         {"concurrent": count, "clips_per_second": len(files[0]) / lap, "audio_per_second": audio / lap}
@@ -190,13 +190,13 @@ def several_questions(
 
     def one_by_one(files: Sequence[Sequence[str]], asked: Sequence[str], turn: int) -> None:
         for answerer, instruction in zip(alone, asked, strict=False):
-            _ask(answerer, files, turn, [instruction])
+            ask_files(answerer, files, turn, [instruction])
 
     found = []
     for count in counts:
         files, asked = [[clips.next(5.0)] for _ in range(turns)], wordings[:count]
         ways: dict[str, Callable[[int], object]] = {
-            "together": partial(_ask, at_once, files, instructions=asked),
+            "together": partial(ask_files, at_once, files, instructions=asked),
             "one_by_one": partial(one_by_one, files, asked),
         }
         found.append({"questions": count, **in_turns(ways, turns)})
@@ -216,9 +216,9 @@ def compare(
     for seconds in (*lengths, None):
         files = [clips.short(count) if seconds is None else [clips.next(seconds)] for _ in range(turns)]
         # several clips get the same number each
-        answers = [_ask(scout, files, turn) for turn in range(turns)]
+        answers = [ask_files(scout, files, turn) for turn in range(turns)]
         tokens = [max(1, round(sum(answer.tokens_out for answer in own) / len(own))) for own in answers]
-        ways: dict[str, Callable[[int], object]] = {OURS: partial(_ask, ours, files)}
+        ways: dict[str, Callable[[int], object]] = {OURS: partial(ask_files, ours, files)}
         ways |= {name: partial(theirs, peer, files, tokens) for name, peer in peers.items()}
         audio = sum(answer.seconds_in for answer in answers[0])
         factors = {name: lap / audio for name, lap in in_turns(ways, turns).items()}
@@ -228,12 +228,16 @@ def compare(
     return found
 
 
-def _ask(
-    answerer: Answerer, files: Sequence[Sequence[str]], turn: int, instructions: Sequence[str] = (INSTRUCTION,)
+def ask_files(
+    answerer: Answerer,
+    files: Sequence[Sequence[str]],
+    turn: int,
+    instructions: Sequence[str] = (INSTRUCTION,),
+    shots: Sequence[Example] = (),
 ) -> list[Answer]:
     """Answers about the files of a turn. Raises InputError when there is none."""
     answers = []
-    for answer in answerer.ask(files[turn], instructions):
+    for answer in answerer.ask(files[turn], instructions, shots):
         if not isinstance(answer, Answer):
             raise InputError(answer.error)
         answers.append(answer)

@@ -129,10 +129,14 @@ def test_everything_is_measured_and_reported(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "ask_program", lambda files, *_: (4.2, 100.0 * len(files)))  # has a test of its own
-    result = bench.measure(tiny_checkpoint, tmp_path, Scale((1.0,), (1, 2), (1, 3), (1, 2), 2), 1, 1)
+    result = bench.measure(tiny_checkpoint, tmp_path, Scale((1.0,), (1, 2), (1, 3), (1, 2), (0, 2), 2), 1, 1)
     assert [row["batch"] for row in result["decoding"]] == [1, 2]
     assert [row["concurrent"] for row in result["throughput"]] == [1, 3]
     assert [row["questions"] for row in result["questions"]] == [1, 2]
+    without, two = result["shots"]
+    assert (without["shots"], two["shots"]) == (0, 2)
+    assert two["ids"] > without["ids"]
+    assert two["megabytes"] / two["ids"] == pytest.approx(without["megabytes"] / without["ids"])
     assert [(row["seconds"], row["clips"]) for row in result["peers"]] == [(1.0, 1), (None, 2)]
     assert (result["cold_start"], result["megabytes"]) == (4.2, {1: 100.0, 3: 300.0})
     for row in result["latency"]:
