@@ -3,6 +3,7 @@
 # make check    ruff, format, types
 # make bench    speed of answering and of training on this machine
 # make stress   a server under load for two minutes, and all that can go wrong with clients
+# make train-tiny  the shipped checkpoint from nothing, by the stages of train/configs/release.yaml; goes on when repeated
 # make clean    remove .venv and everything generated
 #
 # PyPI's torch for Linux brings CUDA libraries (several GB). Where they are not wanted, name an index of CPU wheels:
@@ -14,7 +15,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 TORCH := $(shell sed -n 's/^ *"\(torch[<>=][^"]*\)",$$/\1/p' pyproject.toml)
 
-.PHONY: run test check bench stress clean
+.PHONY: run test check bench stress train-tiny clean
 
 run: .venv/.run-stamp
 	$(BIN)/speechllm ask "Transcribe this audio" prompts/clips/transcribe-1.wav
@@ -34,6 +35,9 @@ bench: .venv/.bench-stamp
 stress: .venv/.dev-stamp
 	$(BIN)/python tests/stress/http_load.py
 	$(BIN)/python tests/stress/http_faults.py
+
+train-tiny: .venv/.train-stamp
+	$(BIN)/python -m train.release --config train/configs/release.yaml
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -55,4 +59,8 @@ clean:
 
 .venv/.bench-stamp: pyproject.toml | .venv/.venv-stamp
 	$(BIN)/python -m pip install -e '.[bench]'
+	touch $@ .venv/.run-stamp
+
+.venv/.train-stamp: pyproject.toml | .venv/.venv-stamp
+	$(BIN)/python -m pip install -e '.[train]'
 	touch $@ .venv/.run-stamp

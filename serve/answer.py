@@ -34,13 +34,14 @@ class Word:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model answered about one recording.
+    """What the model answered about one recording, or to a question on text alone.
 
+    file: name of the recording; "" without one.
     task: name of the task that the instruction is a wording of; None for other instructions, read as plain text.
     text: the whole answer; of audio longer than the checkpoint's ``max_audio_seconds``, which is answered span by span
         (see :mod:`serve.segmentation`), the answers of the spans joined by a space. "" when it was withheld.
-    segments: those the answer tells, where the task tells any; else one for each span with an answer. Times are in
-        seconds from the start of the file.
+    segments: those the answer tells, where the task tells any; else one for each span with an answer, and none where
+        there is no audio. Times are in seconds from the start of the file.
     words: of answers in words, in their order.
     label: the answer's label where the task has labels and all spans agree on it.
     confidence: how sure it is that the answer is right as a whole, within [0, 1]: its probability among those that the
@@ -146,7 +147,7 @@ def assemble(
             whole.texts.append(parsed.text)
             whole.labels.add(parsed.label)
             whole.slots |= parsed.slots
-            own = [Segment(None, one.span.start, one.span.end, parsed.text)]
+            own = [Segment(None, one.span.start, one.span.end, parsed.text)] if one.span.seconds else []
             whole.segments += parsed.segments if reader.marks else own
             whole.words += () if isinstance(reader, Label) else words(checkpoint, one.best, one.span.start)
     confidence = _calibrated(checkpoint, sum(scores) / len(scores)) if scores else float(not spans)

@@ -11,14 +11,16 @@ import torch
 
 from serve.answer import Answer, Failure, SpanAnswer, assemble, moved
 from serve.engine import Backend, BackendError, Engine, Job, Request
+from serve.inputs import NO_AUDIO
 from serve.kernel import Quantization
-from serve.recording import Recording, Span, listen
+from serve.recording import Recording, Span, listen, no_audio
 from speechllm.checkpoint import Checkpoint
 from speechllm.errors import InputError
 from speechllm.grammar import Grammars
 from speechllm.options import GREEDY, Options
 from speechllm.prompt import Example, answer_parts, render
 from speechllm.tasks import TASKS, Task, find_task, normalize_instruction
+from speechllm.tasks.answer import parts_of
 from speechllm.tasks.labels import Choice
 
 _IDLE_SECONDS = 0.5  # the engine's thread looks so often whether it is to stop
@@ -29,7 +31,7 @@ class Question:
 
     def __init__(self, answerer: Answerer, recording: Recording, instruction: str, options: Options):
         self.recording, self.instruction, self.options = recording, instruction, options
-        self.task = find_task(instruction)
+        self.task = TASKS[options.task] if options.task else find_task(instruction)
         self._answerer = answerer
         self._jobs: list[tuple[Span, Job]] = []
         self._texts: list[str] = []  # of the first spans, whose answers are whole
@@ -135,27 +137,38 @@ class Answerer:
     def listen(self, source: str | Path | bytes, name: str | None = None) -> Recording:
         """Read, cut and encode a file ("-": standard input), or the contents of one. From any thread.
 
-        Raises InputError when it cannot be read.
+        NO_AUDIO gives what questions on text alone are asked about. Raises InputError when it cannot be read.
         """
+        if source == NO_AUDIO:
+            return no_audio(self.checkpoint, name or NO_AUDIO)
         return listen(
             self.checkpoint, source, name or ("the audio given" if isinstance(source, bytes) else str(source))
         )
 
-    def shot(self, recording: Recording, instruction: str, answer: str) -> Example:
+    def shot(self, recording: Recording, instruction: str, answer: str, task: Task | None = None) -> Example:
         """A solved example to put before a question.
 
-        Raises InputError for a recording of no speech, or longer than the model hears at once.
+        task: that of the answer; without it, the one that the instruction asks for. Where its answers hold marks,
+        those in the text become marks, see :func:`parts_of`; anywhere else text stays text.
+        Raises InputError for a recording of no speech, or longer than the model hears at once, and for what looks like
+        a mark and is none.
         """
-        if len(recording.spans) != 1:
-            limit = self.checkpoint.settings.max_audio_seconds
+        limit = self.checkpoint.settings.max_audio_seconds
+        if len(recording.spans) != 1 or recording.spans[0].seconds > limit:
             raise InputError(f"{recording.name}: as an example it must hold speech, and {limit:g} s of audio at most")
-        return Example(recording.spans[0].codes, normalize_instruction(instruction), answer)
+        instruction = normalize_instruction(instruction)
+        task = task or find_task(instruction)
+        try:
+            read = parts_of(answer) if task is not None and task.marks else answer
+        except InputError as error:
+            raise InputError(f"{recording.name}: its answer cannot be used: {error}") from error
+        return Example(recording.spans[0].codes, instruction, read)
 
     def reader(self, task: Task | None, options: Options) -> Task:
         """What reads the answers to an instruction; as plain text where it is none that the model knows."""
         if options.labels:
             return Choice("choice", "accuracy", (), (), labels=options.labels)
-        known = task is not None and task.name in self.checkpoint.settings.tasks
+        known = task is not None and (task.name in self.checkpoint.settings.tasks or task.name == options.task)
         return task if task is not None and known else TASKS["transcribe"]
 
     def pose(
@@ -218,16 +231,14 @@ class Answerer:
     ) -> Iterator[Answer | Failure]:
         """For each file an answer to each instruction, in the order given, as soon as it and those before it are there.
 
-        files: paths, or "-" for standard input. A file that cannot be answered gives one Failure; the others are
-        answered. No more than one file's audio is held in memory at a time.
+        files: paths, "-" for standard input, or NO_AUDIO for instructions on text alone. One that cannot be answered
+        gives one Failure; the others are answered. No more than one file's audio is held in memory at a time.
         Raises InputError for instructions, shots or options that cannot be used, before any file is read.
         """
         asked = [instructions] if isinstance(instructions, str) else list(instructions)
-        nothing = Span(0.0, 0.0, torch.zeros(self.checkpoint.vocabulary.n_q, 0, dtype=torch.int64), torch.empty(0))
+        blank = no_audio(self.checkpoint, NO_AUDIO)
         for instruction in asked:
-            blank = Recording("", 0.0, 0.0, (), "", {})
-            request = self._request(nothing, Question(self, blank, normalize_instruction(instruction), options), shots)
-            self._engine.prepare(request)
+            self._prepare(blank, instruction, shots, options)
         return self._answers(files, asked, shots, options)
 
     def _answers(

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from serve.formats import Format
-from serve.inputs import STDIN, collect, parse_shot, record
+from serve.inputs import NO_AUDIO, STDIN, collect, on_text_alone, parse_shot, record
 from serve.loading import (
     AdapterOption,
     BatchOption,
@@ -21,9 +21,10 @@ from serve.loading import (
     make_answerer,
 )
 from serve.plain_errors import USER_ERROR, plain_errors
+from serve.prompts import examples_of, listen_shot
 from speechllm.errors import InputError
 from speechllm.options import Options
-from speechllm.prompt_file import read_prompt_file
+from speechllm.prompt_file import find_prompt_file, read_prompt_file
 
 
 def ask(
@@ -33,7 +34,9 @@ def ask(
     audio: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="AUDIO", help="Files (wav, flac, ogg, opus, mp3), folders of them, patterns; - is standard input."
+            metavar="AUDIO",
+            help="Files (wav, flac, ogg, opus, mp3), folders of them, patterns; - is standard input. "
+            "None where the instruction is about a text that it holds.",
         ),
     ] = None,
     also: Annotated[
@@ -41,7 +44,12 @@ def ask(
         typer.Option(metavar="INSTRUCTION", help="Another question about the same audio, heard once. Repeatable."),
     ] = None,
     shots: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Prompt file: solved examples, and the labels there are.")
+        Path | None,
+        typer.Option(
+            metavar="FILE_OR_NAME",
+            help="Prompt file: solved examples, and what answers there are; or the name of one of those that "
+            "speechllm prompts list shows, e.g. emotion.",
+        ),
     ] = None,
     shot: Annotated[
         list[str] | None,
@@ -91,17 +99,24 @@ def ask(
       speechllm ask "Transcribe this audio" --also "Translate this audio to German" a.wav
       speechllm ask "Transcribe this audio" recordings/ --format srt --output-dir subtitles
       speechllm ask "Is the speaker angry?" --shot calm.wav=no --shot row.wav=yes new.wav
+      speechllm ask "What is the speaker's emotion?" --shots emotion new.wav
+      speechllm ask "Translate this text to German: Two dogs run."
       ffmpeg -i talk.mp4 -f wav - | speechllm ask "Transcribe this audio" -
     """
     with plain_errors(), TemporaryDirectory() as folder:
         instructions = [instruction, *(also or ())]
-        _check(audio, instructions, microphone, format, output_dir, fallback, shots is not None or bool(shot))
+        examples_given = shots is not None or bool(shot)
+        unheard = not (audio or microphone or examples_given) and all(map(on_text_alone, instructions))
+        _check(audio, instructions, microphone, format, output_dir, fallback, examples_given, unheard)
         if stream:
             _check_stream(format, output_dir, fallback, certain_late=beams > 1 or min_confidence > 0)
-        files = [] if microphone else collect(audio or ())
-        prompt = read_prompt_file(shots) if shots else None
+        files = [NO_AUDIO] if unheard else collect(audio or ())
+        prompt = read_prompt_file(find_prompt_file(shots)) if shots else None
+        if prompt:
+            prompt.check_clips()
         labels = tuple(label or ()) or (prompt.labels if prompt else ())
-        options = Options(temperature, top_p, seed, beams, max_tokens, timeout, min_confidence, labels)
+        task = prompt.task if prompt and not label else None
+        options = Options(temperature, top_p, seed, beams, max_tokens, timeout, min_confidence, labels, task)
         files = files or [_recorded(folder)]
 
         from serve.answer import Failure
@@ -110,9 +125,9 @@ def ask(
         answerer = make_answerer(model, device, adapter, batch, quantize)
         second = make_answerer(fallback, device, None, batch, quantize) if fallback else None
         warn(answerer, instructions, options)
-        solved = [(str(path), prompt.instruction, answer) for path, answer in prompt.shots] if prompt else []
-        solved += [(path, instruction, answer) for path, answer in map(parse_shot, shot or ())]
-        examples = [answerer.shot(answerer.listen(path), asked, answer) for path, asked, answer in solved]
+        examples = examples_of(answerer, prompt) if prompt else []
+        solved = map(parse_shot, shot or ())
+        examples += [answerer.shot(listen_shot(answerer, path), instruction, answer) for path, answer in solved]
         if stream:
             answers = streamed(answerer, files, instructions, examples, options)
         else:
@@ -138,12 +153,21 @@ def _check(
     output_dir: Path | None,
     fallback: Path | None,
     examples: bool,
+    unheard: bool,
 ) -> None:
     """Raises InputError for what does not go together."""
     several = len(instructions) > 1 and format not in (Format.text, Format.json)
     for wrong, message in (
         (microphone and audio, "--microphone: there are files to ask about too; leave one of them out"),
-        (not microphone and not audio, "no audio: name files or folders, - for standard input, or use --microphone"),
+        (
+            not (microphone or audio or unheard),
+            "no audio: name files or folders, - for standard input, or use --microphone",
+        ),
+        (
+            unheard and format not in (Format.text, Format.json),
+            f"--format {format.value} is about a recording: answers on text alone are text or json",
+        ),
+        (unheard and output_dir, "--output-dir: a file is written for each recording, and there is none"),
         (several, f"--format {format.value} has room for one answer: leave --also out, or use json"),
         (output_dir and output_dir.exists() and not output_dir.is_dir(), f"--output-dir {output_dir}: is not a folder"),
         (fallback and STDIN in (audio or ()), "--fallback: standard input cannot be heard twice; name a file"),

@@ -97,12 +97,13 @@ def remark(answer: Answer | Failure, format: Format, longest: int) -> None:
     if isinstance(answer, Failure):
         complain(f"error: {answer.error}")
         return
+    about = answer.file or "the text"
     remarks = {
-        "length": f"warning: {answer.file}: the answer was cut: at most {longest} text pieces for one piece of audio",
-        "repetition": f"warning: {answer.file}: the model said the same again and again; it was cut to once",
-        "timeout": f"warning: {answer.file}: the answer was cut: time is up",
-        "no_speech": f"note: {answer.file}: no speech",
-        "abstained": f"note: {answer.file}: withheld, its confidence is {answer.confidence:.2f}",
+        "length": f"warning: {about}: the answer was cut: at most {longest} text pieces for one piece of audio",
+        "repetition": f"warning: {about}: the model said the same again and again; it was cut to once",
+        "timeout": f"warning: {about}: the answer was cut: time is up",
+        "no_speech": f"note: {about}: {'no speech' if answer.file else 'answered with nothing'}",
+        "abstained": f"note: {about}: withheld, its confidence is {answer.confidence:.2f}",
     }
     if format is not Format.json and answer.finish_reason in remarks:
         complain(remarks[answer.finish_reason])

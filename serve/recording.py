@@ -40,7 +40,7 @@ class Recording:
     """What questions can be asked about, any number of them.
 
     seconds: length. consumed: seconds in the spans, or found to hold no speech. key: a hash of its samples at the
-    codec's rate. timings: seconds spent to "read" and to "encode" it (pauses searched too).
+    codec's rate, "" where there is no audio. timings: seconds spent to "read" and to "encode" it (pauses searched too).
     """
 
     name: str
@@ -79,6 +79,13 @@ def listen(checkpoint: Checkpoint, source: str | Path | bytes, name: str) -> Rec
         key=hashlib.sha256(wav.numpy().data).hexdigest(),
         timings={"read": read - started, "encode": time.perf_counter() - read},
     )
+
+
+def no_audio(checkpoint: Checkpoint, name: str) -> Recording:
+    """What a question on text alone is about: one span without a frame, as such tasks have it in training."""
+    codes = torch.zeros(checkpoint.vocabulary.n_q, 0, dtype=torch.int64)
+    span = Span(0.0, 0.0, codes, voices=torch.empty(0))
+    return Recording(name, 0.0, 0.0, (span,), "", {"read": 0.0, "encode": 0.0})
 
 
 def _named(contents: bytes, name: str) -> io.BytesIO:

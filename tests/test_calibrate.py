@@ -35,7 +35,7 @@ from train.calibration import (
     negative_log_likelihood,
     reliability,
 )
-from train.evaluate import Question
+from train.questions import Question
 
 
 def judged(confidences: list[float], errors: list[int], totals: list[int] | None = None) -> Judgements:

@@ -326,7 +326,7 @@ def test_the_adapter_answers(runs: Path, data: Path, tiny_checkpoint: Path, tmp_
     command(
         evaluate.main, data / "mine", "--model", tiny_checkpoint, *mine, "--split", "dev", "--limit", 1, "--out", out
     )
-    assert [r["task"] for r in json.loads((out / "results.json").read_text())] == ["transcribe"]
+    assert {r["task"] for r in json.loads((out / "results.json").read_text())["results"]} == {"transcribe"}
     unknown = CliRunner().invoke(app, [*asked, "--adapter", "nobody"])
     assert (unknown.exit_code, unknown.stdout) == (2, "")
     told = f"error: adapter nobody: no such folder with adapter.json in it; those in {tiny_checkpoint}/adapters: none"

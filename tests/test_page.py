@@ -203,7 +203,7 @@ def test_words_are_seen_as_they_arrive(open_page: Open, whole: Answer, talk: Pat
     page = open_page()
     card = ask(page, talk)
     seen = page.evaluate("texts")
-    assert len(seen) > 3
+    assert len(seen) > 1
     assert all(whole.text.startswith(text) for text in seen)
     assert seen == sorted(set(seen), key=len)
     assert card.locator(".segment span[dir]").all_inner_texts() == [segment.text for segment in whole.segments]

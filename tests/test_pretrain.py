@@ -195,8 +195,11 @@ def test_two_processes_end_with_the_same_weights(pretrain_settings: dict[str, An
     settings |= {"curriculum": {}}
     config = write_yaml(tmp_path / "pretrain.yaml", settings)
     (tmp_path / "observed.py").write_text(OBSERVED)
-    result = run_program(*launcher(), tmp_path / "observed.py", "--config", config)
+    start = launcher()
+    result = run_program(*start, tmp_path / "observed.py", "--config", config)
     assert result.returncode == 0, result.stderr[-3000:]
+    port = start[start.index("--master_port") + 1]
+    assert not [*Path("/dev/shm").glob(f"deepspeed_*_{port}_*")], "memory is left behind"
     first, second = (json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(2))
     assert first["finished"] and second["finished"]
     assert (first["step"], first["world"]) == (second["step"], second["world"]) == (4, 2)
@@ -362,6 +365,11 @@ def test_the_shipped_configs_are_valid() -> None:
     words, tasks = (read_config(folder / f"{name}.yaml", Pretraining) for name in ("tiny", "all-tasks"))
     assert words.tasks.keys() < tasks.tasks.keys()
     assert tasks.tasks.keys() == TASKS.keys()
+    dense, release = (read_config(folder / f"{name}.yaml", Pretraining) for name in ("tiny-dense", "tiny-experts"))
+    assert release.start_from == dense.out / "checkpoint"
+    assert (dense.model.num_experts, release.model.num_experts) == (1, 4)
+    assert dense.tasks.keys() - release.tasks.keys() == {"repeat"}
+    assert min(dense.curriculum.values()) > 0, "repeat comes first, alone"
     own = read_config(folder / "own-data.yaml", Pretraining)
     assert own.start_from == Path("speechllm/checkpoints/tiny") and own.tasks.keys() < tasks.tasks.keys()
     assert own.model == words.model and (own.codec, own.text_model) == (words.codec, words.text_model)

@@ -78,7 +78,7 @@ def test_every_task_has_answers(tmp_path: Path) -> None:
 def test_the_plain_way_has_our_examples_and_our_loss(config: Pretraining, mixture: Mixture) -> None:
     plain = Plain(config, mixture)
     draws = [draw for lanes in make_schedule(config, mixture, 1).steps(range(WINDOW), range(1)) for draw in lanes[0]]
-    heard = Counter(len(mixture.vocabulary.audio_ids(mixture.example(d, Random(0)).codes)) > 0 for d in draws)
+    heard = Counter(len(mixture.vocabulary.audio_ids(mixture.episode(d, Random(0))[-1].codes)) > 0 for d in draws)
     assert len(plain.examples) == len(draws) == heard[True]
     assert plain.batch == round(len(draws) / WINDOW)
     ids = sum(len(example.ids) for example in plain.examples)

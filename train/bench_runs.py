@@ -21,7 +21,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from speechllm.data.mixture import Mixture
 from speechllm.data.schedule import WINDOW
-from speechllm.prompt import Rendered, collate, render
+from speechllm.prompt import Rendered, collate
 from train.pretrain_config import Pretraining
 from train.setup import make_schedule, make_start
 from train.trainer import Trainer
@@ -150,9 +150,7 @@ class Plain:
         self.lm = make_start(config, resumed=False).lm
         rng = Random(config.seed)
         plan = make_schedule(config, mixture, 1).steps(range(WINDOW), range(1))
-        self.examples = [
-            render(mixture.example(draw, rng), mixture.vocabulary, mixture.text) for lanes in plan for draw in lanes[0]
-        ]
+        self.examples = [mixture.sequence(draw, rng) for lanes in plan for draw in lanes[0]]
         rng.shuffle(self.examples)
         self.batch = max(1, round(len(self.examples) / WINDOW))
         self._place = 0

@@ -25,11 +25,13 @@ from speechllm.errors import InputError
 from speechllm.metrics import normalize_text
 from speechllm.tasks import TASKS, Task
 from speechllm.tasks.labels import Label
+from train.asking import Server
 from train.calibration import Judgements, fit_temperature, negative_log_likelihood
 from train.calibration_report import Report, make_row, write_report
-from train.evaluate import Question, ask_all, pose, set_name
 from train.loop import progress_bar
+from train.questions import Question, pose
 from train.scoring import words
+from train.suite import set_name
 
 HALF_DIGIT = 0.5e-4  # confidences are written with four digits: 0 and 1 are within this of their true values
 
@@ -84,7 +86,7 @@ def align(reference: str, hypothesis: Sequence[str]) -> tuple[list[bool | None],
 
 
 def judge(question: Question, task: Task, answer: dict[str, Any], temperature: float) -> Judged:
-    """An answer of ``speechllm ask`` compared with the right one. temperature: of the confidences in it."""
+    """An answer of the server compared with the right one. temperature: of the confidences in it."""
 
     def log_prob(confidence: float) -> float:
         return temperature * math.log(min(max(confidence, HALF_DIGIT), 1 - HALF_DIGIT))
@@ -147,7 +149,8 @@ def ask_and_judge(
 ) -> list[list[Judged]]:
     """The judged answers to each of ``asked``."""
     everything = [question for posed in asked for question in posed.questions]
-    answers = iter(ask_all(everything, ["--model", str(model)], advance))
+    with Server(model) as server:
+        answers = iter(server.ask(everything, advance))
     return [
         [judge(question, posed.task, next(answers), temperature) for question in posed.questions] for posed in asked
     ]

@@ -23,7 +23,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from speechllm.errors import InputError
-from speechllm.tasks import TASKS
+from speechllm.tasks import TRAINABLE
 from train.config import Settings, read_config
 from train.log import read_metrics
 from train.loop import progress_bar
@@ -69,7 +69,7 @@ class Run:
         last = {name: value for r in records if r["step"] == self.config.steps for name, value in r.items()}
         found = {}
         for task in self.config.tasks:
-            for name in (LOSS, SCORES[TASKS[task].metric][0]):
+            for name in (LOSS, SCORES[TRAINABLE[task].metric][0]):
                 values = [last.get(f"{name}_{task}_{folder.name}") for folder in self.config.dev_corpora]
                 if known := [value for value in values if value is not None]:
                     found[task, name] = fmean(known)

@@ -19,6 +19,7 @@ from transformers.utils import output_capturing
 from speechllm.errors import InputError
 from speechllm.model import choose_attention, experts
 from train.pretrain_config import Pretraining
+from train.ranks import forget_shared_memory
 from train.state import RunState
 
 
@@ -98,6 +99,7 @@ def start_engine(
     engine: deepspeed.DeepSpeedEngine = deepspeed.initialize(
         model=objective, model_parameters=parameters, config=settings
     )[0]
+    forget_shared_memory()
     layers = [layer for layer in lm.modules() if isinstance(layer, AutoEPMoELayer)]
     if any(layer.shared_experts is not None for layer in layers):  # which whole_state does not gather
         raise InputError(f"expert_parallel: {lm.config.model_type} has experts that see every position: set it to 1")

@@ -1,259 +1,191 @@
-"""Score a checkpoint on held-out speech through ``speechllm ask``: ``python -m train.evaluate SET … --out DIR``."""
+"""Score a checkpoint on held-out speech: ``python -m train.evaluate --model DIR --suite YAML --out DIR``.
+
+Questions go to a real server (``speechllm serve``), those of baselines to the baselines. With sets in place of a suite
+(``python -m train.evaluate SET … --out DIR``) every task is asked of every set that holds its answers. Parts that are
+finished are kept in ``rows.jsonl`` of the out folder: an interrupted evaluation goes on where it was.
+"""
 
 from __future__ import annotations
 
-import json
-import subprocess
+import hashlib
+import shlex
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from random import Random
 from typing import Annotated
 
-import matplotlib
 import typer
 
-from speechllm.adapter import find_adapter, read_adapter
-from speechllm.audio import write_audio
-from speechllm.checkpoint import DEFAULT, read_settings
-from speechllm.data.corpus import Item, read_corpus
+from speechllm.adapter import WEIGHTS, AdapterSettings, find_adapter, lm_fingerprint, read_adapter
+from speechllm.checkpoint import DEFAULT, LM, CheckpointSettings, read_settings
+from speechllm.data.corpus import read_corpus
 from speechllm.data.manifest import Split
 from speechllm.errors import InputError
-from speechllm.metrics import bleu, bootstrap_interval, cer
-from speechllm.tasks import TASKS, Facts, ParsedAnswer, Parts, Segment, Task
+from speechllm.tasks import TASKS
+from train.asking import Server
+from train.baseline_system import System
+from train.baselines import make_baseline
+from train.evaluate_compare import compare
+from train.evaluate_report import report, write_report
+from train.evaluate_rows import Found, Kept, Part, fingerprint, measure, parts_of_row
 from train.loop import progress_bar
-from train.scoring import by_speech, score
+from train.questions import pose
+from train.results import OURS, Evaluation, read_results
+from train.suite import Suite, make_suite, read_suite
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-FILES_A_CALL = 100
-RATE = 16000
-NAMES = {  # of scores, in tables
-    "wer": "WER %",
-    "bleu": "BLEU",
-    "invented": "invented words, % of clips without speech",
-    "uar": "UAR %",
-    "accuracy": "accuracy %",
-    "der": "DER %",
-    "cpwer": "cpWER %",
-    "f1": "speech F1 %",
-    "slot_f1": "slot F1 %",
-    "intent_accuracy": "intent accuracy %",
-    "malformed": "malformed %",
-}
-
-
-@dataclass(frozen=True)
-class Result:
-    """One task on one set, or on the clips of one speaker in it (``speaker`` not None)."""
-
-    set: str
-    task: str
-    metric: str
-    speaker: str | None
-    clips: int
-    seconds: float
-    value: float  # percent; BLEU from 0 to 100
-    low: float | None = None  # 95 % interval over clips (bootstrap), for WER
-    high: float | None = None
-    cer: float | None = None
-    signature: str | None = None  # of sacrebleu
-
-
-@dataclass(frozen=True)
-class Question:
-    """What one clip is asked, and the right answer."""
-
-    item: Item
-    instruction: str
-    answer: Parts
-
-
-def set_name(path: Path) -> str:
-    """Of a set in tables: the name of its folder. path: the folder, or the manifest in it."""
-    return path.name if path.is_dir() else path.parent.name
-
-
-def pose(items: Sequence[Item], task: Task) -> list[Question]:
-    """The first wording of the task, asked about each clip of a test set whose data hold the answer.
-
-    Where the answer may be no, what is asked about is so of another of these clips.
-    """
-    pairs = [(item, item.utterance.facts()) for item in items]
-    able = [(item, facts) for item, facts in pairs if task.pose(facts, Random(0))]
-
-    def question(item: Item, facts: Facts) -> Question:
-        rng = Random(item.utterance.id)
-        asked = task.pose(facts, rng, task.wordings[:1], lambda: rng.choice(able)[1])
-        assert asked is not None
-        return Question(item, *asked)
-
-    return [question(item, facts) for item, facts in able]
-
-
-def answers(
-    questions: Sequence[Question], task: Task, serving: Sequence[str], advance: Callable[[int], None]
-) -> list[ParsedAnswer]:
-    """What ``speechllm ask`` answers, in order. serving: its options for the model."""
-    found = []
-    for answer in ask_all(questions, serving, advance):
-        segments = tuple(Segment(**segment) for segment in answer["segments"])
-        text = answer["text"]
-        found.append(ParsedAnswer(text, segments) if task.marks else task.read((text,) if text else ()))
-    return found
-
-
-def ask_all(questions: Sequence[Question], serving: Sequence[str], advance: Callable[[int], None]) -> list[dict]:
-    """The answers of ``speechllm ask``, one JSON object a question, in order."""
-    found: dict[int, dict] = {}
-    for instruction in dict.fromkeys(question.instruction for question in questions):
-        own = [n for n, question in enumerate(questions) if question.instruction == instruction]
-        found |= zip(own, ask([questions[n].item for n in own], instruction, serving, advance), strict=True)
-    return [found[n] for n in range(len(questions))]
-
-
-def ask(items: Sequence[Item], instruction: str, serving: Sequence[str], advance: Callable[[int], None]) -> list[dict]:
-    """The answers of ``speechllm ask``, one JSON object an item, in order."""
-    found: list[dict] = []
-    for start in range(0, len(items), FILES_A_CALL):
-        chunk = items[start : start + FILES_A_CALL]
-        with tempfile.TemporaryDirectory() as folder:
-            files = []
-            for number, item in enumerate(chunk):
-                if item.utterance.tar is None:
-                    files.append(str(item.root / item.utterance.audio))
-                else:  # a member of a tar file becomes a file of its own
-                    files.append(f"{folder}/{number:04d}.wav")
-                    write_audio(files[-1], item.wav(RATE), RATE)
-            command = [sys.executable, "-m", "serve.cli", "ask", instruction, *files]
-            done = subprocess.run([*command, *serving, "--format", "json"], capture_output=True, text=True, check=False)
-        lines = [json.loads(line) for line in done.stdout.splitlines()]
-        if failed := [line for line in lines if "error" in line]:
-            raise InputError(f"{failed[0]['file']}: {failed[0]['error']}")
-        if len(lines) != len(chunk):
-            raise InputError(f"speechllm ask ended with code {done.returncode}: {done.stderr.strip()[-500:]}")
-        found += lines
-        advance(len(chunk))
-    return found
-
-
-def results_of(
-    name: str, task: Task, speaker: str | None, questions: Sequence[Question], said: Sequence[ParsedAnswer]
-) -> list[Result]:
-    """The task's scores on these questions, WER with its interval and CER."""
-    true = [task.read(question.answer) for question in questions]
-    durations = [question.item.utterance.duration for question in questions]
-    results = []
-    spoken, silent = by_speech(true, said, task)
-    for metric, value in score(task, true, said, durations).items():
-        if metric == "malformed" and task.marks:
-            continue  # the segments of an answer are what could be read of it
-        result = Result(name, task.name, NAMES[metric], speaker, len(questions), sum(durations), value)
-        if metric == "wer":
-            low, high = bootstrap_interval(*spoken)
-            result = replace(result, clips=len(spoken[0]), low=100 * low, high=100 * high, cer=100 * cer(*spoken))
-        elif metric == "bleu":
-            result = replace(result, clips=len(spoken[0]), signature=bleu(*spoken)[1])
-        elif metric == "invented":
-            result = replace(result, clips=len(silent))
-        results.append(result)
-    return results
-
-
-def table(results: Sequence[Result]) -> str:
-    """The results as a Markdown table."""
-    lines = ["| set | task | speaker | clips | metric | value | 95 % interval | CER % |", "| --- " * 8 + "|"]
-    for r in results:
-        interval = f"{r.low:.1f}–{r.high:.1f}" if r.low is not None and r.high is not None else ""
-        characters = f"{r.cer:.1f}" if r.cer is not None else ""
-        speaker = r.speaker or "all"
-        lines.append(
-            f"| {r.set} | {r.task} | {speaker} | {r.clips} | {r.metric} | {r.value:.1f} | {interval} | {characters} |"
-        )
-    lines += [
-        f"\nBLEU: sacrebleu, `{signature}`" for signature in sorted({r.signature for r in results if r.signature})
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def plot(results: Sequence[Result], path: Path) -> None:
-    """A bar for each result with its interval, one panel for each metric."""
-    metrics = sorted({r.metric for r in results})
-    figure, axes = plt.subplots(1, len(metrics), figsize=(6 * len(metrics), 1 + 0.35 * len(results)), squeeze=False)
-    for axis, metric in zip(axes[0], metrics, strict=True):
-        chosen = [r for r in results if r.metric == metric][::-1]
-        labels = [f"{r.set} {r.task} {r.speaker or 'all'}" for r in chosen]
-        spread = [
-            (0.0 if r.low is None else r.value - r.low, 0.0 if r.high is None else r.high - r.value) for r in chosen
-        ]
-        axis.barh(labels, [r.value for r in chosen], xerr=list(zip(*spread, strict=True)), color="tab:blue", capsize=3)
-        axis.set(xlabel=metric, xlim=(0, None))
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+KEPT = "rows.jsonl"
+CASCADE = "cascade"  # the baseline that stands on ours
 
 
 def evaluate(
-    sets: Sequence[Path], tasks: Sequence[str], serving: Sequence[str], split: Split, limit: int | None
-) -> list[Result]:
-    """Every task on every set that holds its answers: overall, and by speaker where there are several.
+    model: Path, adapter: str | None, suite: Suite, known: Sequence[str], split: Split, limit: int | None, out: Path
+) -> Evaluation:
+    """Ask what is not kept in ``out`` yet. known: tasks that the checkpoint was trained on; no others are asked.
 
-    serving: options of ``speechllm ask`` for the model.
+    limit: clips of each set, at most. Raises InputError, before anything is asked where a set is missing.
     """
-    results = []
+    settings = read_settings(model)
+    asked = {}
+    for row in suite.rows:
+        if row.task in known:
+            asked[row.key] = parts_of_row(row, suite, split, limit)
+            if CASCADE in row.baselines and not {"transcribe", row.task.replace("_", "_text_", 1)} <= set(known):
+                asked[row.key] = [part for part in asked[row.key] if part.system != CASCADE]
+                typer.echo(f"{row.key}: no {CASCADE}, the checkpoint was not trained to translate text", err=True)
+    weights, kept = weights_fingerprint(model, settings, adapter), Kept(out / KEPT)
+    prints = {part.key: fingerprint(part, suite, weights, split, limit) for parts in asked.values() for part in parts}
+    found = {key: kept.found(key, own) for key, own in prints.items()}
+    with progress_bar() as bar, Server(model, adapter) as ours:
+        for part in (part for parts in asked.values() for part in parts):
+            if found[part.key] is None:
+                line = bar.add_task(part.key, total=part.total)
+                system = ours if part.system == OURS else baseline(part, suite, ours)
+                done = measure(part, system, lambda n: bar.advance(line, n), time.monotonic)  # noqa: B023
+                bar.update(line, completed=part.total)
+                found[part.key] = done
+                kept.keep(part.key, prints[part.key], done)
+    command = f"python -m train.evaluate {shlex.join(sys.argv[1:])}"
+    name = settings.name if adapter is None else f"{settings.name} + {adapter_settings(model, adapter).name}"
+    return together(name, weights, command, suite, asked, {key: own for key, own in found.items() if own is not None})
+
+
+def baseline(part: Part, suite: Suite, ours: Server) -> System:
+    """Raises InputError for one that is not known, or not installed."""
+    return make_baseline(part.system, suite.manifests(part.row)[0], ours, ours.ask_text)
+
+
+def together(
+    name: str,
+    weights: str,
+    command: str,
+    suite: Suite,
+    asked: dict[str, list[Part]],
+    found: dict[str, Found],
+) -> Evaluation:
+    """What was found of the parts ``asked`` of each row."""
+    confusions, targets = {}, []
+    for row in suite.rows:
+        parts = asked.get(row.key, [])
+        if parts:
+            plain = found[parts[0].key]
+            targets.append(row.target([result.metric for result in plain.results]))
+            if plain.confusion is not None:
+                confusions[row.key] = plain.confusion
+        else:
+            targets.append(row.target((), trained=False))
+    return Evaluation(
+        checkpoint=name,
+        fingerprint=weights,
+        command=command,
+        results=tuple(result for own in found.values() for result in own.results),
+        confusions=confusions,
+        seconds={key: round(own.seconds, 2) for key, own in found.items()},
+        targets=tuple(targets),
+    )
+
+
+def suite_of(sets: Sequence[Path], tasks: Sequence[str], split: Split) -> Suite:
+    """Every task on every set that holds its answers, also by speaker. Raises InputError where there is none."""
+    rows = []
     for path in sets:
         items = read_corpus([path], split)
-        name = set_name(path)
-        for task in (TASKS[t] for t in tasks):
-            questions = pose(items, task)[:limit]
-            if not questions:
-                continue
-            with progress_bar() as bar:
-                line = bar.add_task(f"{name} {task.name}", total=len(questions))
-                said = answers(questions, task, serving, lambda n: bar.advance(line, n))  # noqa: B023
-            results += results_of(name, task, None, questions, said)
-            speakers = sorted({question.item.utterance.speaker or "" for question in questions})
-            for speaker in speakers if len(speakers) > 1 else ():
-                own = [n for n, q in enumerate(questions) if (q.item.utterance.speaker or "") == speaker]
-                results += results_of(name, task, speaker, [questions[n] for n in own], [said[n] for n in own])
-    return results
+        able = [name for name in tasks if pose(items, TASKS[name])]
+        rows += [{"set": str(path), "task": name, "groups": ["speaker"]} for name in able]
+    if not rows:
+        raise InputError("none of the sets holds an answer to any of the tasks")
+    return make_suite(rows)
+
+
+def weights_fingerprint(model: Path, settings: CheckpointSettings, adapter: str | None) -> str:
+    """Of the checkpoint's weights and settings, sixteen hexadecimal digits."""
+    digest = hashlib.sha256(f"{settings.model_dump_json()} {lm_fingerprint(model / LM)}".encode())
+    if adapter is not None:
+        digest.update((find_adapter(model, adapter) / WEIGHTS).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def adapter_settings(model: Path, adapter: str) -> AdapterSettings:
+    """Raises InputError where there is no such adapter."""
+    return read_adapter(find_adapter(model, adapter))
 
 
 def main(
-    sets: Annotated[list[Path], typer.Argument(help="manifest.jsonl files, or folders of recorded sets")],
-    out: Annotated[Path, typer.Option(help="folder for results.json, results.md and results.png")],
+    out: Annotated[Path, typer.Option(help="folder for results.json, results.md, pictures and rows.jsonl")],
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[SET]...", help="manifest.jsonl files, or folders of sets, in place of a suite"),
+    ] = None,
+    suite: Annotated[Path | None, typer.Option(help="YAML as train/configs/suite-release.yaml")] = None,
     task: Annotated[
-        list[str] | None, typer.Option(help="repeatable; by default those on audio that the model was trained on")
+        list[str] | None, typer.Option(help="of sets; repeatable; by default those the model was trained on")
     ] = None,
     model: Annotated[Path, typer.Option(help="checkpoint folder")] = DEFAULT,
     adapter: Annotated[str | None, typer.Option(help="of the checkpoint, by its name or folder")] = None,
     split: Annotated[Split, typer.Option(help="which part of the sets")] = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="only the first clips of each set")] = None,
+    compares: Annotated[
+        bool, typer.Option("--compare", help="nothing is asked: the paths are results.json of several runs")
+    ] = False,
+    axis: Annotated[
+        list[str] | None, typer.Option(help='with --compare: "SET TASK" of the plot; twice; by default the first two')
+    ] = None,
 ) -> None:
-    """Score a checkpoint on held-out speech; writes JSON, Markdown and a plot."""
+    """Score a checkpoint on held-out speech; writes JSON, Markdown and pictures."""
     try:
+        paths = paths or []
         for name in task or ():
-            if name not in TASKS:
-                raise InputError(f"--task {name}: unknown; known are {', '.join(TASKS)}")
-        serving = ["--model", str(model)]
-        known = read_settings(model).tasks
-        if adapter is not None:
-            serving += ["--adapter", adapter]
-            known = read_adapter(find_adapter(model, adapter)).tasks
-        results = evaluate(sets, task or [name for name in known if TASKS[name].listens], serving, split, limit)
-        if not results:
-            raise InputError("none of the sets holds an answer to any of the tasks")
+            if name not in TASKS or not TASKS[name].listens:
+                listening = ", ".join(known for known, one in TASKS.items() if one.listens)
+                raise InputError(f"--task {name}: no task on audio; known are {listening}")
+        if bool(paths) == (suite is not None) or (compares and not paths):
+            raise InputError("give either sets, or --suite; or --compare and the results.json of runs")
+        if suite is not None and task:
+            raise InputError("--task: a suite says which tasks are asked; leave one of them out")
+        if axis and not compares:
+            raise InputError("--axis: of the plot that --compare draws; leave it out")
+        try:
+            out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        except OSError as error:
+            raise InputError(f"--out {out}: cannot be made ({error.strerror}); give another folder") from error
+        if compares:
+            typer.echo(compare([(str(path), read_results(path)) for path in paths], axis or [], out))
+            return
+        known = (read_settings(model) if adapter is None else adapter_settings(model, adapter)).tasks
+        if suite is not None:
+            chosen = read_suite(suite)
+        else:
+            known = tuple(task or [name for name in known if name in TASKS and TASKS[name].listens])
+            chosen = suite_of(paths, known, split)
+        evaluation = evaluate(model, adapter, chosen, known, split, limit, out)
+        write_report(evaluation, out)
+        typer.echo(report(evaluation))
     except InputError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n", encoding="utf-8")
-    (out / "results.md").write_text(table(results), encoding="utf-8")
-    plot(results, out / "results.png")
-    typer.echo(table(results))
+    except KeyboardInterrupt as stop:
+        typer.echo("stopped: finished parts are kept; run the same command to go on", err=True)
+        raise typer.Exit(130) from stop
 
 
 if __name__ == "__main__":

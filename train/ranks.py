@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +22,15 @@ PATIENCE = timedelta(days=7)  # with work of hours in rank 0; when that dies, th
 
 class SavingError(Exception):
     """A file cannot be written, on this rank or on another; the message is one line."""
+
+
+def forget_shared_memory() -> None:
+    """Unlink the buffer through which DeepSpeed adds up gradients on CPUs: 67 MB of shared memory for each process,
+    which it never gives back. Who has opened it keeps it; all have, once DeepSpeed is initialized.
+    """
+    distributed.barrier()
+    place = f"{os.getuid()}_{os.environ.get('MASTER_ADDR')}_{os.environ.get('MASTER_PORT')}_{distributed.get_rank()}"
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{place}").unlink(missing_ok=True)
 
 
 def anywhere(value: bool) -> bool:

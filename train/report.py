@@ -8,7 +8,7 @@ from pathlib import Path
 
 import matplotlib
 
-from speechllm.tasks import TASKS
+from speechllm.tasks import TRAINABLE
 from train.log import read_metrics
 from train.scoring import SCORES
 
@@ -61,7 +61,7 @@ TRAINING = (
 
 def task_panels(task: str, corpora: Mapping[str, str]) -> list[Panel]:
     """Losses (nats per answer id) in training and validation, listening gaps, and scores. corpora: name -> color."""
-    of = TASKS[task]
+    of = TRAINABLE[task]
     dev = [Line(f"loss_{task}_{corpus}", corpus, color) for corpus, color in corpora.items()]
     gaps = [Line(f"gap_{task}_{corpus}", corpus, color) for corpus, color in corpora.items()]
     names = SCORES[of.metric]

@@ -1,4 +1,4 @@
-"""`/v1/chat/completions`: a conversation about recordings. Turns already answered are shots for the last one."""
+"""`/v1/chat/completions`: a conversation about recordings or text. Turns answered already are shots for the last."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from serve.http.errors import EVENTS, RESPONSES, ApiError
 from serve.http.options import MAX_TEXT, AskFields
 from serve.http.service import Asked, Exchange, Service, Shot, Upload, while_connected
 from serve.http.stream import DONE, Event, EventStream
+from serve.inputs import on_text_alone
 from speechllm.errors import InputError
 
 # OpenAI has four reasons. An answer cut, for whatever cause, is one of "length"; one withheld is filtered.
@@ -106,6 +107,8 @@ class ChatRequest(AskFields):
     def asked(self) -> Asked:
         """The last turn, those before it as shots; a turn without audio is about the latest one given.
 
+        Before any is given, turns on text alone may be asked: those whose task needs none.
+
         Raises ApiError for turns out of order, audio missing or not in base64, and InputError for the options.
         """
         upload: Upload | None = None
@@ -150,7 +153,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/completions", responses=_REPLIES, response_class=Response)
     async def completions(body: ChatRequest, request: Request) -> Response:
-        """What the user's last turn asks about a recording."""
+        """What the user's last turn asks, about a recording or on text alone."""
         model = service.check_model(body.model)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         exchange = Exchange(service, body.asked())
@@ -191,9 +194,12 @@ async def _chunks(exchange: Exchange, head: dict[str, Any], usage: bool) -> Asyn
 
 def _turn(upload: Upload | None, texts: Sequence[str], where: str) -> tuple[Upload, str]:
     """What a turn is about and what it asks. Raises ApiError when either is missing."""
+    instruction = " ".join(filter(None, texts))
+    if upload is None and on_text_alone(instruction):
+        return Upload(where, None), instruction
     if upload is None:
         raise ApiError(400, f"{where}: no audio came before it; add a part of type input_audio", param=where)
-    if not (instruction := " ".join(filter(None, texts))):
+    if not instruction:
         example = "a part of type text, e.g. 'Transcribe this audio'"
         raise ApiError(400, f"{where}: nothing is asked; add {example}", param=where)
     return upload, instruction

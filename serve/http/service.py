@@ -22,6 +22,7 @@ from serve.http.errors import ApiError, ClientGone
 from serve.http.limits import Places, check_length, too_long
 from serve.http.metrics import Metrics
 from serve.http.settings import ServerSettings
+from serve.inputs import NO_AUDIO
 from serve.recording import Recording
 from speechllm.options import Options
 
@@ -34,10 +35,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Upload:
-    """Audio as it came. read: gives the file's bytes, in any thread, once. name: a label for messages and answers."""
+    """Audio as it came, or its absence where what is asked is about text alone.
+
+    name: a label for messages and answers. read: gives the file's bytes, in any thread, once; None without audio.
+    """
 
     name: str
-    read: Callable[[], bytes]
+    read: Callable[[], bytes] | None
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Shot:
 
 @dataclass(frozen=True)
 class Asked:
-    """What one request asks: each of the instructions about the same recording."""
+    """What one request asks: each of the instructions about the same recording, or on text alone."""
 
     upload: Upload
     instructions: Sequence[str]
@@ -110,14 +114,19 @@ class _Sound:
 
     @cached_property
     def content(self) -> bytes:
+        assert self._upload.read
         return self._upload.read()
 
     @cached_property
     def recording(self) -> Recording:
+        if self._upload.read is None:
+            return self._service.answerer.listen(NO_AUDIO, self._upload.name)
         return self._service.listen(self.content, self._upload.name)
 
     @cached_property
     def key(self) -> str:
+        if self._upload.read is None:
+            return self.recording.key
         cache = self._service.cache
         assert cache
         known = cache.recording(self.content)
