@@ -17,10 +17,11 @@ from speechllm.data.corpus import Item
 from speechllm.data.manifest import Utterance, write_manifest
 from speechllm.metrics import bootstrap_interval, chrf, interval, ratio
 from speechllm.tasks import TASKS, ParsedAnswer, Speaker, Time
-from train import evaluate, evaluate_rows
+from train import evaluate
 from train.asking import Server
 from train.evaluate_report import geometric_mean, scores
-from train.evaluate_rows import held_out_results, results_of
+from train.evaluate_rows import held_out_results, read_found, results_of
+from train.kept import Kept
 from train.questions import pose
 from train.results import Evaluation, Result, Target, read_results, write_results
 from train.scoring import confusion, measures
@@ -283,7 +284,7 @@ def test_a_missing_clip_is_an_error(manifest: Path, tiny_checkpoint: Path, tmp_p
 def test_a_damaged_file_of_rows_is_told(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"part": "a"}\n')
     with pytest.raises(evaluate.InputError, match=r"rows.jsonl: damaged"):
-        evaluate_rows.Kept(tmp_path / "rows.jsonl")
+        Kept(tmp_path / "rows.jsonl", read_found)
 
 
 def run(wer: float, bleu: float | None) -> Evaluation:

@@ -443,8 +443,8 @@ def test_faults_are_one_line(run: Callable[..., tuple[int, str]], sets: Sets, tm
     assert run(*FEW, only)[0] == 0
     code, printed = run(*FEW, "--seed", 1, only)
     assert code == 2
-    assert "word/digits_fsdd was measured with other settings" in printed
-    (tmp_path / "out" / "rows.jsonl").write_text('{"row": {}}\n')
+    assert "word/digits_fsdd was asked with other settings" in printed
+    (tmp_path / "out" / "rows.jsonl").write_text('{"part": "a"}\n')
     code, printed = run(*FEW, only)
     assert code == 2
     assert "damaged" in printed

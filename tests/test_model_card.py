@@ -16,8 +16,8 @@ from train import model_card
 from train.card_inputs import amounts
 from train.config import read_config
 from train.corpus_config import Recipe
-from train.evaluate import weights_fingerprint
 from train.icl_report import Point, Row
+from train.kept import weights_fingerprint
 from train.licences import TABLE, read_licences
 from train.results import Evaluation, Result, Target, write_results
 from train.stage_costs import Cost, add_cost

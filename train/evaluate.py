@@ -7,7 +7,6 @@ finished are kept in ``rows.jsonl`` of the out folder: an interrupted evaluation
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 import sys
 import time
@@ -17,8 +16,8 @@ from typing import Annotated
 
 import typer
 
-from speechllm.adapter import WEIGHTS, AdapterSettings, find_adapter, lm_fingerprint, read_adapter
-from speechllm.checkpoint import DEFAULT, LM, CheckpointSettings, read_settings
+from speechllm.adapter import AdapterSettings, find_adapter, read_adapter
+from speechllm.checkpoint import DEFAULT, read_settings
 from speechllm.data.corpus import read_corpus
 from speechllm.data.manifest import Split
 from speechllm.errors import InputError
@@ -28,7 +27,8 @@ from train.baseline_system import System
 from train.baselines import make_baseline
 from train.evaluate_compare import compare
 from train.evaluate_report import report, write_report
-from train.evaluate_rows import Found, Kept, Part, fingerprint, measure, parts_of_row
+from train.evaluate_rows import Found, Part, fingerprint, measure, parts_of_row, read_found
+from train.kept import Kept, weights_fingerprint
 from train.loop import progress_bar
 from train.questions import pose
 from train.results import OURS, Evaluation, read_results
@@ -53,7 +53,7 @@ def evaluate(
             if CASCADE in row.baselines and not {"transcribe", row.task.replace("_", "_text_", 1)} <= set(known):
                 asked[row.key] = [part for part in asked[row.key] if part.system != CASCADE]
                 typer.echo(f"{row.key}: no {CASCADE}, the checkpoint was not trained to translate text", err=True)
-    weights, kept = weights_fingerprint(model, settings, adapter), Kept(out / KEPT)
+    weights, kept = weights_fingerprint(model, settings, adapter), Kept(out / KEPT, read_found)
     prints = {part.key: fingerprint(part, suite, weights, split, limit) for parts in asked.values() for part in parts}
     found = {key: kept.found(key, own) for key, own in prints.items()}
     with progress_bar() as bar, Server(model, adapter) as ours:
@@ -115,14 +115,6 @@ def suite_of(sets: Sequence[Path], tasks: Sequence[str], split: Split) -> Suite:
     if not rows:
         raise InputError("none of the sets holds an answer to any of the tasks")
     return make_suite(rows)
-
-
-def weights_fingerprint(model: Path, settings: CheckpointSettings, adapter: str | None) -> str:
-    """Of the checkpoint's weights and settings, sixteen hexadecimal digits."""
-    digest = hashlib.sha256(f"{settings.model_dump_json()} {lm_fingerprint(model / LM)}".encode())
-    if adapter is not None:
-        digest.update((find_adapter(model, adapter) / WEIGHTS).read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def adapter_settings(model: Path, adapter: str) -> AdapterSettings:

@@ -16,8 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from speechllm.checkpoint import DEFAULT, LM, Checkpoint, load_checkpoint
-from speechllm.data.manifest import read_records
+from speechllm.checkpoint import DEFAULT, load_checkpoint
 from speechllm.errors import InputError
 from speechllm.metrics import bootstrap_interval, mean_interval, normalize_text, wer
 from speechllm.tasks import TASKS
@@ -38,6 +37,7 @@ from train.icl_suite import (
     transcripts,
 )
 from train.icl_suite import SHOTS as COUNTS
+from train.kept import Kept, weights_fingerprint
 from train.loop import progress_bar
 
 KEPT = "rows.jsonl"
@@ -164,52 +164,12 @@ def _share(condition: str, shots: int, some: Sequence[Episode], right: Sequence[
     return Point(condition, shots, 100 * sum(right) / len(right), 100 * low, 100 * high)
 
 
-class Kept:
-    """Finished rows in ``path``, each beside a fingerprint of what it depends on.
-
-    Raises InputError where the file is damaged.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: dict[str, tuple[str, Row]] = {}
-        try:
-            for _, line in read_records(path) if path.exists() else ():
-                row = read_row(line["row"])
-                self.rows[row.name] = (line["fingerprint"], row)
-        except (InputError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: damaged ({error}); delete it to measure again") from error
-
-    def row(self, name: str, fingerprint: str) -> Row | None:
-        """None where it is not there. Raises InputError where it was measured otherwise."""
-        known, row = self.rows.get(name, (fingerprint, None))
-        if known != fingerprint:
-            raise InputError(
-                f"{self.path}: {name} was measured with other settings, sets or another checkpoint: delete the file to "
-                "measure again, or give another --out"
-            )
-        return row
-
-    def keep(self, row: Row, fingerprint: str) -> None:
-        """Add a row; the file is replaced as a whole, so that an interruption leaves the old one."""
-        self.rows[row.name] = (fingerprint, row)
-        new = self.path.with_suffix(".new")
-        lines = [json.dumps({"fingerprint": known, "row": asdict(own)}) for known, own in self.rows.values()]
-        new.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        new.replace(self.path)
-
-
 def fingerprint(row: LabelRow | WordRow, sets: Sets, weights: str, options: Options) -> str:
     """Of all that a row's results depend on. weights: fingerprint of the checkpoint."""
     told: dict[str, Any] = {"row": row.name, "checkpoint": weights, **asdict(options)}
     told["heard"] = (HEARD, PART, GAP, SNR_DB)
     told["manifests"] = [_digest([sets.manifest(name)]) for name in (*row.sets, *row.needs)]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
-
-
-def checkpoint_fingerprint(checkpoint: Checkpoint) -> str:
-    """Of its weights and settings."""
-    return checkpoint.settings.model_dump_json() + _digest(sorted((checkpoint.folder / LM).iterdir()))
 
 
 def _digest(files: Sequence[Path]) -> str:
@@ -229,9 +189,10 @@ def evaluate(model: Path, sets: Sets, rows: Sequence[str], options: Options, out
     for name in dict.fromkeys(name for row in rows for name in (*ROWS[row].sets, *ROWS[row].needs)):
         sets.manifest(name)
     checkpoint = load_checkpoint(model, device)
-    listener, weights, kept = Listener(checkpoint), checkpoint_fingerprint(checkpoint), Kept(out / KEPT)
+    listener, kept = Listener(checkpoint), Kept(out / KEPT, read_row)
+    weights = weights_fingerprint(checkpoint.folder, checkpoint.settings, None)
     prints = {name: fingerprint(ROWS[name], sets, weights, options) for name in rows}
-    found = {name: kept.row(name, own) for name, own in prints.items()}
+    found = {name: kept.found(name, own) for name, own in prints.items()}
     with progress_bar() as bar:
         for name in rows:
             if found[name] is None:
@@ -242,7 +203,7 @@ def evaluate(model: Path, sets: Sets, rows: Sequence[str], options: Options, out
                     return lambda count: bar.advance(line, count)  # noqa: B023
 
                 row = found[name] = measure(ROWS[name], sets, listener, options, start)
-                kept.keep(row, prints[name])
+                kept.keep(name, prints[name], row)
     measured = tuple(row for row in found.values() if row is not None)
     return Report(checkpoint.settings.name, options.asked, options.seed, measured)
 

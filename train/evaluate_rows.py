@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from speechllm.data.corpus import Item, read_corpus
-from speechllm.data.manifest import Split, read_records
+from speechllm.data.manifest import Split
 from speechllm.errors import InputError
 from speechllm.tasks import ParsedAnswer, Task
 from speechllm.tasks.labels import Label
@@ -185,46 +185,10 @@ def _result(
     )
 
 
-class Kept:
-    """Finished parts in ``path``, each beside a fingerprint of what it depends on.
-
-    Raises InputError where the file is damaged.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.parts: dict[str, tuple[str, Found]] = {}
-        try:
-            for _, line in read_records(path) if path.exists() else ():
-                told = line["found"]
-                matrix = None if told["confusion"] is None else read_confusion(told["confusion"])
-                self.parts[line["part"]] = (
-                    line["fingerprint"],
-                    Found(read_rows(told["results"]), matrix, told["seconds"]),
-                )
-        except (InputError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: damaged ({error}); delete it to evaluate again") from error
-
-    def found(self, key: str, fingerprint: str) -> Found | None:
-        """None where it is not there. Raises InputError where it was asked otherwise."""
-        known, found = self.parts.get(key, (fingerprint, None))
-        if known != fingerprint:
-            raise InputError(
-                f"{self.path}: {key} was asked with other settings, sets or another checkpoint: delete the file to "
-                "evaluate again, or give another --out"
-            )
-        return found
-
-    def keep(self, key: str, fingerprint: str, found: Found) -> None:
-        """Add a part; the file is replaced as a whole, so that an interruption leaves the old one."""
-        self.parts[key] = (fingerprint, found)
-        new = self.path.with_suffix(".new")
-        lines = [
-            json.dumps({"part": part, "fingerprint": known, "found": asdict(own)}, ensure_ascii=False)
-            for part, (known, own) in self.parts.items()
-        ]
-        new.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        new.replace(self.path)
+def read_found(told: dict[str, Any]) -> Found:
+    """A part as JSON holds it. Raises KeyError, TypeError or InputError where it is none."""
+    matrix = None if told["confusion"] is None else read_confusion(told["confusion"])
+    return Found(read_rows(told["results"]), matrix, told["seconds"])
 
 
 def fingerprint(part: Part, suite: Suite, weights: str, split: Split, limit: int | None) -> str:

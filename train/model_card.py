@@ -18,7 +18,7 @@ from train import card_sections as sections
 from train.card_inputs import Inputs, read_calibration, read_corpus_report, read_icl
 from train.codec import CodecTraining
 from train.config import read_config
-from train.evaluate import weights_fingerprint
+from train.kept import weights_fingerprint
 from train.licences import TABLE, read_licences
 from train.pretrain_config import Pretraining
 from train.results import read_results
