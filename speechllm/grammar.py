@@ -64,7 +64,7 @@ class Grammars:
         vocabulary has none.
         """
         if isinstance(task, Label):
-            return self._labels(task.labels)
+            return self._labels(tuple(task.answers))
         if isinstance(task, Timed | VoiceActivity):
             return self._segments(task, seconds)
         # Intents too: names and values are open, and pieces cross the brackets between them.

@@ -109,7 +109,7 @@ def test_plain_text_is_any_text_that_may_be_said(task: Task | None) -> None:
 def test_labels_are_the_only_answers(task: Label) -> None:
     grammar = GRAMMARS.of(task, seconds=2.0)
     answers = list(language(grammar, grammar.start))
-    assert sorted(answers) == sorted(tuple(written((label,))) for label in task.labels)
+    assert sorted(answers) == sorted(tuple(written((answer,))) for answer in task.answers)
     parsed = [task.read(answer_parts(ids, VOCABULARY, TEXT)) for ids in answers]
     assert {one.label for one in parsed} == set(task.labels)
 

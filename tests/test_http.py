@@ -67,7 +67,7 @@ def serving(checkpoint: Checkpoint, batch_size: int = 16, **settings: Any) -> It
     """A real server in a thread, with an Answerer of its own."""
     application = create_app(Answerer(checkpoint, batch_size), ServerSettings(**settings))
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=2))
+    server = uvicorn.Server(uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=60))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

@@ -22,6 +22,7 @@ VOCABULARY_SIZE, PAD, END, NEVER = 60, 58, 59, 60  # NEVER: an end id that no mo
 SIZES = ModelConfig(hidden_size=64, num_layers=2, num_heads=4, expert_size=48, num_experts=4, max_positions=128)
 FLOAT32, BFLOAT16, INT8 = range(3)  # how a matrix is stored
 SLOTS = 17
+ROUNDING = 5e-5  # of logits of a few units in float32; which sums are taken in which order depends on the processor
 # stands for the kernel where only the building matters
 SMALL = 'extern "C" int answer() { return 42; }\n'
 
@@ -111,7 +112,7 @@ def test_steps_are_the_forward_pass_of_transformers(lm: PreTrainedModel) -> None
     compiled = make_kernel(lm)
     assert compiled._model.head.type == FLOAT32
     found = step_by_step(compiled, sequences, slots=[5, 0, 16, 2])
-    assert farthest(found, [forward(lm, ids) for ids in sequences]) < 1e-5
+    assert farthest(found, [forward(lm, ids) for ids in sequences]) < ROUNDING
 
 
 def test_slots_may_come_in_any_order_and_again(lm: PreTrainedModel) -> None:
@@ -154,7 +155,7 @@ def test_weights_that_bfloat16_holds_are_stored_in_it_and_nothing_changes(halves
     found = step_by_step(compiled, sequences, slots=[0, 1])
     for one, other in zip(found, step_by_step(plain, sequences, slots=[0, 1]), strict=True):
         assert torch.equal(one, other)
-    assert farthest(found, [forward(halves, ids) for ids in sequences]) < 1e-5
+    assert farthest(found, [forward(halves, ids) for ids in sequences]) < ROUNDING
 
 
 def test_int8_is_the_dequantized_model(lm: PreTrainedModel) -> None:
@@ -226,7 +227,7 @@ def test_heads_of_another_size_than_the_hidden_one_tells(head_dim: int) -> None:
     assert fits(lm)
     compiled = Kernel(lm, torch.zeros(2, 2, 1, 40, head_dim), torch.zeros(2, 2, 1, 40, head_dim))
     (ids,) = random_ids(30)
-    assert farthest(step_by_step(compiled, [ids], slots=[1]), [forward(lm, ids)]) < 1e-5
+    assert farthest(step_by_step(compiled, [ids], slots=[1]), [forward(lm, ids)]) < ROUNDING
 
 
 @pytest.fixture

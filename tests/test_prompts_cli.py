@@ -199,13 +199,13 @@ def test_the_task_of_a_prompt_file_holds(timed: Path, clips: list[str], tmp_path
 
 
 def test_a_name_is_as_good_as_a_file(timed: Path, clips: list[str], tmp_path: Path) -> None:
-    prompt = read_prompt_file(PROMPTS / "is_emotion.yaml")
+    prompt = read_prompt_file(PROMPTS / "same_speaker.yaml")
     by_hand = [word for path, answer in prompt.shots for word in ("--shot", f"{path}={answer}")]
     by_hand += [word for label in prompt.labels for word in ("--label", label)]
     answers = []
     for given in (
-        ("--shots", "is_emotion"),
-        ("--shots", str(PROMPTS / "is_emotion.yaml")),
+        ("--shots", "same_speaker"),
+        ("--shots", str(PROMPTS / "same_speaker.yaml")),
         by_hand,
     ):
         result = ask(timed, prompt.instruction, clips[0], *given, "-f", "json")

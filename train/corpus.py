@@ -147,10 +147,11 @@ class Builder:
 def main(
     config: Annotated[Path, typer.Option(help="the recipe, a YAML file")] = Path("train/configs/corpus.yaml"),
     audio_only: Annotated[bool, typer.Option(help="leave the codes for later: a codec is yet to be trained")] = False,
+    share: Annotated[float, typer.Option(min=0.001, max=1, help="of what is made to train on: its first part")] = 1.0,
 ) -> None:
     """Build a corpus: synthesise, mix conversations, encode, check. Interrupted, it goes on where it was."""
     with plain_errors(config):
-        recipe = read_config(config, Recipe)
+        recipe = read_config(config, Recipe).scaled(share)
         totals = Builder(recipe, Console(stderr=True)).build(audio_only)["totals"]
     hours = sum(value for name, value in totals.items() if name.startswith("hours"))
     typer.echo(f"{recipe.out}: {shown_time(3600 * hours)}; {recipe.out / 'corpus.md'} says what is in it")

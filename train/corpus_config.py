@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import Field
 
@@ -74,6 +75,9 @@ class Conversations(Settings):
     max_seconds: float = Field(12.0, ge=4)
 
 
+AnyMade = TypeVar("AnyMade", Synthesis, Conversations)
+
+
 class Recipe(Settings):
     """The YAML file. A corpus is called by its name: that of a recorded set, or of one made by the recipe.
 
@@ -92,6 +96,19 @@ class Recipe(Settings):
     unseen_sentences: dict[str, Share] = Field(default_factory=dict)
     encoded: dict[str, Copies] = Field(min_length=1)
     tests: list[str] = Field(default_factory=list)
+
+    def scaled(self, share: float) -> Recipe:
+        """The same with the first ``share`` of each set that is made to train on; the rest can be made later."""
+
+        def part(plan: AnyMade) -> AnyMade:
+            return plan.model_copy(update={"count": math.ceil(share * plan.count)}) if plan.split == "train" else plan
+
+        return self.model_copy(
+            update={
+                "synthesized": {name: part(plan) for name, plan in self.synthesized.items()},
+                "conversations": {name: part(plan) for name, plan in self.conversations.items()},
+            }
+        )
 
     def path(self, name: str) -> Path:
         """The manifest made by the recipe, or the recorded set."""

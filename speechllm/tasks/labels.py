@@ -57,11 +57,16 @@ class Label(Task):
 
     labels: tuple[str, ...] = ()
 
+    @property
+    def answers(self) -> dict[str, str]:
+        """All that may be written, and the label that each tells. A label by itself is read too."""
+        return {label: label for label in self.labels}
+
     def read(self, parts: Parts) -> ParsedAnswer:
-        words = words_of(parts)
-        known = {normalize_text(label): label for label in self.labels} | {label: label for label in self.labels}
+        words, answers = words_of(parts), {label: label for label in self.labels} | self.answers
+        known = {normalize_text(answer): label for answer, label in answers.items()} | answers
         label = known.get(words) or known.get(normalize_text(words))
-        faults = () if label else (f"{words!r} is none of {', '.join(self.labels)}",)
+        faults = () if label else (f"{words!r} is none of {', '.join(answers)}",)
         return ParsedAnswer(words, label=label, faults=faults)
 
 
@@ -162,6 +167,19 @@ class YesNo(Label):
 
 @dataclass(frozen=True)
 class IsEmotion(YesNo):
+    """The emotion that is heard is told before the answer: ``sad: no``. It then follows from the words before it, and only
+    hearing the emotion is left to learn, as for the task that asks for it (chain of thought, Wei et al. 2022); an answer
+    that had to do both at once was not learnt.
+    """
+
+    @property
+    def answers(self) -> dict[str, str]:
+        return {f"{emotion}: {label}": label for emotion in EMOTIONS.values() for label in self.labels}
+
+    def write(self, facts: Facts, argument: str = "") -> Parts | None:
+        own = self.of(facts)
+        return None if own is None else (f"{', '.join(own)}: {YES if argument in own else NO}",)
+
     def fits(self, argument: str) -> bool:
         return argument in EMOTIONS.values()
 
