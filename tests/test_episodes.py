@@ -1,5 +1,6 @@
 """Episodes: what the shots of a question are, which answers are trained on, and what stays out of training."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -97,6 +98,29 @@ def test_labels_are_told_by_the_shots_alone(mixture: Mixture, task: str) -> None
     assert not seen_labels & set(HELD_OUT_NAMES)
 
 
+@pytest.mark.parametrize("task", CLASS_OF)
+def test_no_label_is_told_by_how_often_it_comes(mixture: Mixture, task: str) -> None:
+    most = 0
+    for turns in episodes(mixture, task, 400):
+        counts = Counter(turn.answer for turn in turns[:-1])
+        if len(turns) > 2:  # one shot has but one label
+            assert len(set(counts.values())) == 1
+        most = max(most, *counts.values())
+    assert most > 2
+
+
+def test_varied_copies_are_nobody_and_no_shots_of_their_words() -> None:
+    texts = ("The giraffe sleeps.", "My giraffe eats.", "The giraffe eats.")
+    rows = [row(f"{n}{mark}", text, "ann", 1.0, n) for n, text in enumerate(texts) for mark in ("", "#1", "#2")]
+    rows += [row("3", "A man.", "bob", 1.0, 3), row("4", "Two men.", "bob", 1.0, 4)]
+    tasks = ["few_shot_speaker", "few_shot_hot_words", "few_shot_same_speaker", "few_shot_language"]
+    data = Dataset.from_list(rows, features=FEATURES)
+    pools = Mixture({"c": data}, VOCABULARY, TEXT, ["transcribe", *tasks]).pools
+    assert len(pools["transcribe"]["c"].rows) == len(rows)
+    for task in tasks[:3]:
+        assert {"#" in data[int(number)]["id"] for number in pools[task]["c"].rows} == {False}, task
+
+
 def test_recordings_of_an_episode_are_of_one_corpus_unless_they_may_be_of_all(mixture: Mixture) -> None:
     ends = {"words": 27, "sentences": 27 + 45, "noise": 27 + 45 + 9}
 
@@ -120,6 +144,11 @@ def test_names_of_labels() -> None:
     assert sum(set(some) == {"cat", "dog", "sun", "sea"} for some in drawn) > 100
     assert any(len(name) == 1 for some in drawn for name in some)
     assert [listed(some) for some in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a or b", "a, b or c"]
+
+
+def test_too_few_words_name_nothing() -> None:
+    for some in (["yes", "no"], ["yes"] * 9, [*HELD_OUT_NAMES], []):
+        assert all(len(set(names(3, some, Random(n)))) == 3 for n in range(50))
 
 
 def test_transcripts_have_related_ones_before_them(mixture: Mixture) -> None:
@@ -170,6 +199,16 @@ def test_a_batch_trains_on_what_has_been_told(mixture: Mixture) -> None:
     heard = batch.transcript_lengths > 0
     assert heard.any()
     assert not heard.all()  # of an excerpt the words are not known
+
+
+def test_answers_that_no_shot_has_told_are_not_trained_on(mixture: Mixture) -> None:
+    for number, draws in enumerate([Draw("few_shot_word", int(n))] for n in mixture.pools["few_shot_word"]["words"].rows):
+        turns = mixture.turns(draws[0], Random(number))
+        batch = mixture.batch(draws, 1, Random(number))
+        labels = batch.lm.labels[batch.lm.labels != IGNORE_INDEX]
+        learnt = [[*VOCABULARY.text_ids(TEXT.encode(t.answer[0])).tolist(), VOCABULARY.end] for t in turns if t.learnt]
+        assert labels.tolist() == [index for answer in learnt for index in answer]
+        assert 0 < len(learnt) < len(turns)
 
 
 def test_the_same_random_state_makes_the_same_batch(mixture: Mixture) -> None:

@@ -32,8 +32,8 @@ path, *words = sys.argv[1:]
 with Path(path).open("a") as file:
     print(*words, file=file)
 if "wait" in words and "--resume" not in words:
-    Path(path).with_name("state").touch()
     try:
+        Path(path).with_name("state").touch()
         time.sleep(60)
     except KeyboardInterrupt:
         Path(path).with_name("stopped").touch()

@@ -17,7 +17,7 @@ from datasets import Dataset, Features, Sequence, Value
 
 from speechllm.codec import Codec, load_codec
 from speechllm.data.corpus import Item, read_corpus
-from speechllm.data.encoded import INFO, stretched, write_facts
+from speechllm.data.encoded import INFO, copy_id, stretched, write_facts
 from speechllm.data.perturb import vary
 from speechllm.errors import InputError
 from train.loop import progress_bar
@@ -46,7 +46,7 @@ def encode_row(codec: Codec, item: Item, n_q: int, copy: int) -> dict:
         facts = replace(stretched(facts, wav.shape[-1] / samples), gender=None)  # higher or lower, it may be any
     codes = codec.encode(wav, n_q=n_q)
     return {
-        "id": known.id if not copy else f"{known.id}#{copy}",
+        "id": copy_id(known.id, copy),
         "split": known.split,
         "source": known.source,
         "speaker": known.speaker,

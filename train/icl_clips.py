@@ -25,8 +25,8 @@ HEARD = EXCERPT[1]  # seconds that are heard of a longer clip, where all of it i
 PART, GAP = 1.2, 0.2  # seconds: of each of two recordings that are joined, at most, and of the silence between them
 SNR_DB = 5.0
 PAIRS = 60  # of the same speaker, and of two
-# sets with recordings of single words: what is in their train splits is no new word
-SINGLE_WORDS = ("words", "digits", "digits_fsdd", "commands_sc_en")
+# sets with recordings of single words, fragments of sentences among them: what is in their train splits is no new word
+SINGLE_WORDS = ("words", "digits", "digits_fsdd", "commands_sc_en", "captions_en", "captions_de", "captions_fr")
 
 
 @dataclass(frozen=True, eq=False)

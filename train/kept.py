@@ -58,8 +58,9 @@ class Kept(Generic[Part]):
 
 
 def weights_fingerprint(model: Path, settings: CheckpointSettings, adapter: str | None) -> str:
-    """Of the checkpoint's weights and settings, sixteen hexadecimal digits."""
-    digest = hashlib.sha256(f"{settings.model_dump_json()} {lm_fingerprint(model / LM)}".encode())
+    """Of the checkpoint's weights and settings but its calibration, on which no answer depends; 16 hexadecimal digits."""
+    told = settings.model_dump_json(exclude={"confidence_temperature"})
+    digest = hashlib.sha256(f"{told} {lm_fingerprint(model / LM)}".encode())
     if adapter is not None:
         digest.update((find_adapter(model, adapter) / WEIGHTS).read_bytes())
     return digest.hexdigest()[:16]

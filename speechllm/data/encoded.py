@@ -68,6 +68,16 @@ def read_encoded(
     return rows
 
 
+def copy_id(name: str, copy: int) -> str:
+    """The id of an utterance's row; all but the first of its copies are varied."""
+    return f"{name}#{copy}" if copy else name
+
+
+def is_varied(row: dict) -> bool:
+    """Whether the row is a copy that sounds as if from another speaker and place."""
+    return "#" in row["id"]
+
+
 def row_codes(row: dict, n_q: int) -> Tensor:
     """The first ``n_q`` codebooks of a row, int64 ``[n_q, frames]``."""
     codes = torch.from_numpy(np.asarray(row["codes"], dtype=np.int64)).view(row["n_q"], -1)

@@ -107,6 +107,8 @@ def label_turns(kin: Kin, row: int, words: Sequence[str], rng: Random, wordings:
     labels = dict(zip(classes, names(len(classes), words, rng), strict=True))
     instruction = rng.choice(wordings).replace("{}", listed(rng.sample([*labels.values()], len(labels))))
     shots = kin.relatives(row, cycle(classes), rng)
+    # each class as often, so that the most frequent label is not the answer; of too few shots none has two
+    shots = shots[: len(shots) // len(classes) * len(classes)] or shots
     if rng.random() < AGAIN:
         shots[0] = (own, row)
     rng.shuffle(shots)

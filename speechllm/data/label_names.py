@@ -24,9 +24,9 @@ HELD_OUT_NAMES = (
 
 
 def names(count: int, words: Sequence[str], rng: Random) -> list[str]:
-    """Different names for the labels of one episode, none of them held out. words: to take names from."""
+    """Different names for the labels of one episode, none of them held out. words: to take names from, if enough."""
     chosen: list[str] = []
-    invented = not words or rng.random() < INVENTED
+    invented = rng.random() < INVENTED or len({*words} - {*HELD_OUT_NAMES}) < count
     letters = rng.random() < LETTERS
     while len(chosen) < count:
         if not invented:

@@ -18,6 +18,7 @@ from speechllm.data.episodes import EXCERPT, Turn, excerpt, label_turns, transcr
 from speechllm.data.pools import find_pools
 from speechllm.prompt import Batch, Example, Rendered, collate, render
 from speechllm.tasks import TRAINABLE, TRAITS, Facts, FewShot, FewShotLabel, Task
+from speechllm.tasks.labels import NumberOfSpeakers
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 
@@ -159,7 +160,7 @@ class Mixture:
             audio_lengths=torch.tensor([self._heard(example) for _, example in heard]),
             transcripts=torch.nn.utils.rnn.pad_sequence(transcripts, batch_first=True),
             transcript_lengths=torch.tensor([len(t) for t in transcripts]),
-            traits=torch.tensor([self._traits(f, example) for f, (_, example) in zip(facts, heard, strict=True)]),
+            traits=torch.tensor([self._traits(f, *clip) for f, clip in zip(facts, heard, strict=True)]),
             draws=tuple(draws[index] for index in order),
             audio_seconds=sum(self._seconds(f, *clip) for f, clip in zip(facts, heard, strict=True)),
             seconds=perf_counter() - begun,
@@ -183,15 +184,18 @@ class Mixture:
             return ""
         return facts.text or " ".join(segment.text for segment in facts.segments)
 
-    def _traits(self, facts: Facts, example: Example) -> list[int]:
-        labels = [trait.of(facts) if example.codes.numel() else None for trait in TRAITS]
+    def _traits(self, facts: Facts, turn: Turn, example: Example) -> list[int]:
+        """Of an excerpt it is not known how many speak in it."""
+        known = [bool(example.codes.numel()) and (turn.whole or not isinstance(t, NumberOfSpeakers)) for t in TRAITS]
+        labels = [trait.of(facts) if told else None for trait, told in zip(TRAITS, known, strict=True)]
         return [
             trait.labels.index(label) if label in trait.labels else -1
             for trait, label in zip(TRAITS, labels, strict=True)
         ]
 
     def _seconds(self, facts: Facts, turn: Turn, example: Example) -> float:
-        return facts.duration * bool(example.codes.numel()) if turn.whole else min(facts.duration, EXCERPT[1])
+        """About: of an excerpt as many as they are on average."""
+        return facts.duration * bool(example.codes.numel()) if turn.whole else min(facts.duration, sum(EXCERPT) / 2)
 
     def _listening(self, ids: Tensor) -> Tensor:
         return self.vocabulary.is_audio(ids) | (ids == self.vocabulary.audio_end)

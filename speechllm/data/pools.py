@@ -14,7 +14,7 @@ from datasets import Sequence as Values
 from datasets.fingerprint import Hasher
 
 import speechllm
-from speechllm.data.encoded import row_codes, row_facts
+from speechllm.data.encoded import is_varied, row_codes, row_facts
 from speechllm.data.episodes import EXCERPT, Kin
 from speechllm.errors import InputError
 from speechllm.tasks import TRAINABLE, Facts, FewShot, FewShotLabel, Parts, Speaker, Time
@@ -100,7 +100,9 @@ def describe(row: dict, tasks: Sequence[str], vocabulary: Vocabulary, max_second
     for place, task in enumerate(TRAINABLE[name] for name in tasks):
         keys: list[str] = []
         if isinstance(task, FewShot):
-            keys = sorted(filter(None, task.keys(facts, row["speaker"])))
+            keys = sorted(filter(None, task.keys(facts, None if is_varied(row) else row["speaker"])))
+            if is_varied(row) and not isinstance(task, FewShotLabel):
+                keys = []  # its words would be those of another shot
             length = turn_size(task, facts, heard) if keys else None
         else:
             asked = task.pose(facts, Random(0))
