@@ -202,7 +202,9 @@ def test_a_batch_trains_on_what_has_been_told(mixture: Mixture) -> None:
 
 
 def test_answers_that_no_shot_has_told_are_not_trained_on(mixture: Mixture) -> None:
-    for number, draws in enumerate([Draw("few_shot_word", int(n))] for n in mixture.pools["few_shot_word"]["words"].rows):
+    for number, draws in enumerate(
+        [Draw("few_shot_word", int(n))] for n in mixture.pools["few_shot_word"]["words"].rows
+    ):
         turns = mixture.turns(draws[0], Random(number))
         batch = mixture.batch(draws, 1, Random(number))
         labels = batch.lm.labels[batch.lm.labels != IGNORE_INDEX]

@@ -325,6 +325,7 @@ def row_of(first: float, top: float, controls: float = 50.0, part: str = "A") ->
         (50, 60, 45, False, "at chance with shots too"),
         (50, 39, 45, False, "below chance"),
         (50, 90, 61, True, "shuffled labels is not at chance, 61.0 (51.0–71.0)"),
+        (50, 90, 75, False, "shots help, but not by what they tell: 50.0"),
         (50, 90, 60, True, "no audio falls to chance, 60.0 (50.0–70.0)."),
         (50, 50, 40, False, "other audio stays at chance, 40.0 (30.0–50.0)"),
     ],
@@ -339,7 +340,7 @@ def test_verdicts_follow_from_the_numbers(
 
 def test_the_report_counts_what_is_learnt() -> None:
     rows = (row_of(50, 90), replace(row_of(50, 60), name="not/learnt", part="B"))
-    text = markdown(Report("model", 9, 0, rows))
+    text = markdown(Report("model", "0" * 16, 9, 0, rows))
     assert "**1 of 2 rows are learnt from the shots**: made/up." in text
     assert "### A. Held-out label names" in text
     assert "made/up 3, not/learnt 3" in text  # clips that are left out

@@ -34,9 +34,10 @@ def score(name: str, value: float, **told: Any) -> Result:
                      "low": value - 1, "high": value + 1} | told)  # fmt: skip
 
 
+WEIGHTS = weights_fingerprint(DEFAULT, read_settings(DEFAULT), None)
 EVALUATION = Evaluation(
     checkpoint=NAME,
-    fingerprint=weights_fingerprint(DEFAULT, read_settings(DEFAULT), None),
+    fingerprint=WEIGHTS,
     command="python -m train.evaluate --suite x.yaml",
     results=(
         score("good", 11.7),
@@ -58,7 +59,8 @@ EVALUATION = Evaluation(
 BINS = {"counts": [0], "confidence": [0.0], "right": [0.0]}
 MEASURES = {"ece": 7.7, "low": 6.6, "high": 8.8, "brier": 0.123, "bins": BINS}
 CALIBRATION = {
-    "model": NAME, "temperature": 1.234, "dev_sets": ["dev_x"], "fitted_on": 321, "likelihood_before": -0.5,
+    "model": NAME, "fingerprint": WEIGHTS,
+    "temperature": 1.234, "dev_sets": ["dev_x"], "fitted_on": 321, "likelihood_before": -0.5,
     "likelihood_after": -0.4,
     "rows": [{
         "set": "test_x", "task": "transcribe", "of": "words", "count": 654, "right": 87.6, "before": MEASURES,
@@ -86,7 +88,13 @@ def icl() -> dict[str, Any]:
     points = [Point("shots", 0, 50.1, 45, 55), Point("shots", 4, 61.3, 56, 66)]
     points += [Point(name, 4, 49.2, 44, 54) for name in ("shuffled labels", "other audio", "no audio")]
     row = Row("word/made-up", "A", ("x",), "accuracy %", 99, 88, 7, 0, 9, tuple(points))
-    return {"model": NAME, "asked": 200, "seed": 0, "rows": [json.loads(json.dumps(row, default=vars))]}
+    return {
+        "model": NAME,
+        "fingerprint": WEIGHTS,
+        "asked": 200,
+        "seed": 0,
+        "rows": [json.loads(json.dumps(row, default=vars))],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +251,15 @@ def test_a_missing_licence_is_an_error(files: dict[str, Path], tmp_path: Path) -
     table = tmp_path / "licences.yaml"
     table.write_text("mine: {title: My own, licence: CC0 1.0, use: free, language: [en]}\n")
     text = write(out, {"corpus": path, "licences": table})
+    assert "license_name: unknown\n" in text and "the rest is not known here" in section(text, "Licence")
+    codec = write_yaml(tmp_path / "codec.yaml", {"out": tmp_path, "manifests": ["mine"], "dev_manifests": ["mine"],
+                                             "semantic": {"steps": 9}, "acoustic": {"steps": 9}})  # fmt: skip
+    text = write(out, {"corpus": path, "licences": table, "codec": codec})
     assert "license: apache-2.0\n" in text and "nothing that they learnt from restricts" in section(text, "Licence")
+    later = {"out": tmp_path, "corpora": {"mine": 1}, "dev_corpora": [], "steps": 30, "tasks": {"transcribe": 1}}
+    later = write_yaml(tmp_path / "later.yaml", later | {"start_from": "runs/others/checkpoint"})
+    text = write(out, {"pretrain": later, "licences": table, "codec": codec})
+    assert "license_name: unknown\n" in text
     table.write_text("mine: {title: My own, use: free}\n")
     assert "give title, licence and use" in refused("--corpus", path, "--licences", table, "--out", out)
 
@@ -254,6 +270,9 @@ def test_results_of_another_checkpoint_are_refused(files: dict[str, Path], tmp_p
     assert f"--results: of the checkpoint other, not of {NAME}" in refused("--results", path, "--out", out)
     write_results(path, replace(EVALUATION, fingerprint="0" * 16))
     assert "--results: of other weights or settings" in refused("--results", path, "--out", out)
+    for option, told in (("icl", icl()), ("calibration", CALIBRATION)):
+        path.write_text(json.dumps(told | {"fingerprint": "0" * 16}))
+        assert f"--{option}: of other weights or settings" in refused(f"--{option}", path, "--out", out)
     for option in ("icl", "calibration", "corpus", "stages"):
         path.write_text("{}\n")
         assert f"{path}: not what" in refused(f"--{option}", path, "--out", out)

@@ -241,10 +241,11 @@ def test_costs(folder: Path) -> None:
 
 
 def test_stages_add_up_their_last_run_alone() -> None:
-    made = [Cost("one", key, "done", 10.0, 5.0, 50.0, "x") for key in ("old", "new", "new")]
+    starts = (("old", "interrupted"), ("new", "done"), ("new", "interrupted"), ("new", "done"))
+    made = [Cost("one", key, outcome, 10.0, 5.0, 50.0, "x") for key, outcome in starts]
     (one,) = of_stages(made)
     assert (one.key, one.seconds, one.cpu_seconds, one.joules) == ("new", 20.0, 10.0, 100.0)
-    assert together(made).seconds == 30
+    assert together(made).seconds == 40
 
 
 def test_energy_counters_that_go_round(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from speechllm.tasks.labels import Label
 from train.asking import Server
 from train.calibration import Judgements, fit_temperature, negative_log_likelihood
 from train.calibration_report import Report, make_row, write_report
+from train.kept import weights_fingerprint
 from train.loop import progress_bar
 from train.questions import Question, pose
 from train.scoring import words
@@ -177,6 +178,7 @@ def calibrate(model: Path, dev: Sequence[Path], test: Sequence[Path], limit: int
         rows.append(make_row(posed.set, posed.task.name, "answers", whole, temperature, measure))
     return Report(
         model=settings.name,
+        fingerprint=weights_fingerprint(model, settings, None),
         temperature=temperature,
         dev_sets=tuple(dict.fromkeys(posed.set for posed in learnt)),
         fitted_on=fitting.right.size,

@@ -67,9 +67,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """likelihood: mean log-likelihood of the ``fitted_on`` words and labels of the dev sets, in nats."""
+    """fingerprint: of the checkpoint's weights. likelihood: mean log-likelihood of the ``fitted_on`` words and labels
+    of the dev sets, in nats.
+    """
 
     model: str
+    fingerprint: str
     temperature: float
     dev_sets: tuple[str, ...]
     fitted_on: int

@@ -68,6 +68,16 @@ class Inputs:
     def heard(self) -> list[str]:
         return list(dict.fromkeys([*self.heard_by_lm(), *self.heard_by_codec()]))
 
+    @property
+    def all_heard_known(self) -> bool:
+        """Whether :meth:`heard` is all that the weights learnt from: the codec's data are known, and no training
+        started from weights of which nothing is told.
+        """
+        made = [config.out / "checkpoint" for config in self.pretrain]
+        started = [config.start_from for config in self.pretrain if config.start_from]
+        own = all(start in made for start in started) and not any(config.init_from for config in self.pretrain)
+        return bool(self.heard_by_lm() and self.heard_by_codec()) and own
+
     def runs(self) -> list[Amounts]:
         """The trainings whose metrics are there."""
         folders = [self.codec.out / stage for stage in ("semantic", "acoustic")] if self.codec else []
@@ -93,7 +103,7 @@ def read_icl(path: Path) -> Icl:
     """The report of train.evaluate_icl. Raises InputError."""
     with of_file(path, "python -m train.evaluate_icl"):
         told = json.loads(path.read_text(encoding="utf-8"))
-        return Icl(told["model"], told["asked"], told["seed"], tuple(map(read_row, told["rows"])))
+        return Icl(told["model"], told["fingerprint"], told["asked"], told["seed"], tuple(map(read_row, told["rows"])))
 
 
 def read_calibration(path: Path) -> Calibration:

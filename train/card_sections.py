@@ -55,8 +55,8 @@ def front_matter(inputs: Inputs) -> str:
     tasks, config = checkpoint.settings.tasks, checkpoint.lm.config
     recorded = [name for name in inputs.licences.sources(heard) if not name.startswith("voices")]
     told: dict[str, object] = {"license": licence(inputs)}
-    if told["license"] == "other":
-        told["license_name"] = "non-commercial" if heard else "unknown"
+    if told["license"] != "apache-2.0":  # Hugging Face knows no name for it
+        told |= {"license": "other", "license_name": told["license"]}
     targets = [task.target for name in tasks if isinstance(task := TASKS.get(name), Words) and task.target]
     told["language"] = list(dict.fromkeys([*spoken(inputs), *targets])) or None
     told["library_name"] = "speechllm"
@@ -75,10 +75,13 @@ def spoken(inputs: Inputs) -> list[str]:
 
 
 def licence(inputs: Inputs) -> str:
-    """Of the weights, as Hugging Face names it."""
+    """What the use of the weights is restricted to, or the licence where it is not."""
     heard = inputs.heard()
-    free = heard and not any(inputs.licences.used(heard, use) for use in ("noncommercial", "research"))
-    return "apache-2.0" if free else "other"
+    if inputs.licences.used(heard, "noncommercial"):
+        return "non-commercial"
+    if inputs.licences.used(heard, "research"):
+        return "research"
+    return "apache-2.0" if inputs.all_heard_known else "unknown"
 
 
 def size_line(inputs: Inputs) -> str:
@@ -346,5 +349,8 @@ def licence_text(inputs: Inputs) -> str:
     if not any(named.values()):
         parts.append(
             "So are the weights: nothing that they learnt from restricts their use; attribution as in the table."
+            if inputs.all_heard_known
+            else "What is known of their training data does not restrict what the weights may be used for; the rest is "
+            "not known here."
         )
     return " ".join(parts) + "\n"

@@ -57,14 +57,15 @@ def evaluate(
     prints = {part.key: fingerprint(part, suite, weights, split, limit) for parts in asked.values() for part in parts}
     found = {key: kept.found(key, own) for key, own in prints.items()}
     with progress_bar() as bar, Server(model, adapter) as ours:
-        for part in (part for parts in asked.values() for part in parts):
-            if found[part.key] is None:
-                line = bar.add_task(part.key, total=part.total)
-                system = ours if part.system == OURS else baseline(part, suite, ours)
-                done = measure(part, system, lambda n: bar.advance(line, n), time.monotonic)  # noqa: B023
-                bar.update(line, completed=part.total)
-                found[part.key] = done
-                kept.keep(part.key, prints[part.key], done)
+        missing = [part for parts in asked.values() for part in parts if found[part.key] is None]
+        # made before anything is asked: one of them may be unknown
+        systems = [ours if part.system == OURS else baseline(part, suite, ours) for part in missing]
+        for part, system in zip(missing, systems, strict=True):
+            line = bar.add_task(part.key, total=part.total)
+            done = measure(part, system, lambda n: bar.advance(line, n), time.monotonic)  # noqa: B023
+            bar.update(line, completed=part.total)
+            found[part.key] = done
+            kept.keep(part.key, prints[part.key], done)
     command = f"python -m train.evaluate {shlex.join(sys.argv[1:])}"
     name = settings.name if adapter is None else f"{settings.name} + {adapter_settings(model, adapter).name}"
     return together(name, weights, command, suite, asked, {key: own for key, own in found.items() if own is not None})

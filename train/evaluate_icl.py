@@ -205,7 +205,7 @@ def evaluate(model: Path, sets: Sets, rows: Sequence[str], options: Options, out
                 row = found[name] = measure(ROWS[name], sets, listener, options, start)
                 kept.keep(name, prints[name], row)
     measured = tuple(row for row in found.values() if row is not None)
-    return Report(checkpoint.settings.name, options.asked, options.seed, measured)
+    return Report(checkpoint.settings.name, weights, options.asked, options.seed, measured)
 
 
 def main(

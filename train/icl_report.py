@@ -71,9 +71,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All that is measured of a checkpoint. asked: questions of each row, at most."""
+    """All that is measured of a checkpoint. fingerprint: of its weights. asked: questions of each row, at most."""
 
     model: str
+    fingerprint: str
     asked: int
     seed: int
     rows: tuple[Row, ...]
@@ -151,13 +152,18 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
         return []
     learnt = [row.name for row in rows if is_learnt(row)]
     of = f"**{len(learnt)} of {len(rows)} rows are learnt from the shots**: {', '.join(learnt) or 'none'}."
-    return [f"{of} At chance without them, at {LEARNT:g} % or more with them.\n", *map(verdict, rows), ""]
+    return [
+        f"{of} At chance without them, at {LEARNT:g} % or more with them, and clearly less under every control.\n",
+        *map(verdict, rows),
+        "",
+    ]
 
 
 def is_learnt(row: Row) -> bool:
-    """At chance without shots, and at 80 % or more with those that the controls have."""
+    """At chance without shots, at 80 % or more with those that the controls have, and clearly less under all of them."""
     without, top = row.controlled
-    return without.at_chance and top.value >= LEARNT
+    controls = [point for name in CONTROLS if (point := row.point(name))]
+    return without.at_chance and top.value >= LEARNT and all(point.high < top.low for point in controls)
 
 
 def verdict(row: Row) -> str:
@@ -166,6 +172,8 @@ def verdict(row: Row) -> str:
     said = f"{without} without shots, {top} at k = {top.shots}"
     if is_learnt(row):
         said = f"learnt from the shots: {said}"
+    elif without.at_chance and top.value >= LEARNT:
+        said = f"shots help, but not by what they tell: {said}"
     elif not without.at_chance:
         said = f"not at chance without shots, so they alone do not tell: {said}"
     elif top.at_chance:

@@ -58,7 +58,7 @@ class Kept(Generic[Part]):
 
 
 def weights_fingerprint(model: Path, settings: CheckpointSettings, adapter: str | None) -> str:
-    """Of the checkpoint's weights and settings but its calibration, on which no answer depends; 16 hexadecimal digits."""
+    """Of weights and settings (without the calibration: no answer depends on it), sixteen hexadecimal digits."""
     told = settings.model_dump_json(exclude={"confidence_temperature"})
     digest = hashlib.sha256(f"{told} {lm_fingerprint(model / LM)}".encode())
     if adapter is not None:

@@ -47,19 +47,20 @@ def card(inputs: Inputs) -> str:
 
 def check_belongs(inputs: Inputs) -> None:
     """Raises InputError when something tells of another checkpoint."""
-    folder, settings, results = inputs.checkpoint.folder, inputs.checkpoint.settings, inputs.results
-    names = {
-        "--results": results.checkpoint if results else None,
-        "--icl": inputs.icl.model if inputs.icl else None,
-        "--calibration": inputs.calibration.model if inputs.calibration else None,
+    folder, settings = inputs.checkpoint.folder, inputs.checkpoint.settings
+    told = {
+        "--results": inputs.results and (inputs.results.checkpoint, inputs.results.fingerprint),
+        "--icl": inputs.icl and (inputs.icl.model, inputs.icl.fingerprint),
+        "--calibration": inputs.calibration and (inputs.calibration.model, inputs.calibration.fingerprint),
     }
-    for option, name in names.items():
-        if name not in (None, settings.name):
+    weights = weights_fingerprint(folder, settings, None) if any(told.values()) else ""
+    for option, (name, fingerprint) in ((option, own) for option, own in told.items() if own):
+        if name != settings.name:
             raise InputError(
                 f"{option}: of the checkpoint {name}, not of {settings.name} in {folder}; measure that one"
             )
-    if results and results.fingerprint != weights_fingerprint(folder, settings, None):
-        raise InputError(f"--results: of other weights or settings than those in {folder}; evaluate again")
+        if fingerprint != weights:
+            raise InputError(f"{option}: of other weights or settings than those in {folder}; measure these")
 
 
 def put_beside(pictures: dict[str, Path], folder: Path) -> None:

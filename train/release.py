@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -189,7 +189,10 @@ def run(words: list[str], rapl: Rapl) -> tuple[int, bool]:
     try:
         while True:
             try:
-                return process.wait(SAMPLE_SECONDS), False
+                code = process.wait(SAMPLE_SECONDS)
+                if code:  # a launcher that was killed leaves its ranks
+                    _end_group(process.pid)
+                return code, False
             except subprocess.TimeoutExpired:
                 rapl.sample()
     except KeyboardInterrupt:
@@ -204,6 +207,13 @@ def run(words: list[str], rapl: Rapl) -> tuple[int, bool]:
             except ProcessLookupError:
                 break
         return process.wait(), True
+
+
+def _end_group(group: int) -> None:
+    """Ask what is left of it to end, and wait for that."""
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGTERM)
+    _wait_for_group(group)
 
 
 def _wait_for_group(group: int) -> None:

@@ -92,7 +92,8 @@ def of_stages(costs: Iterable[Cost]) -> list[Cost]:
     found: dict[str, Cost] = {}
     for cost in costs:
         earlier = found.get(cost.stage)
-        found[cost.stage] = cost if earlier is None or earlier.key != cost.key else together([earlier, cost])
+        goes_on = earlier is not None and earlier.key == cost.key and earlier.outcome != "done"
+        found[cost.stage] = together([earlier, cost]) if goes_on and earlier else cost
     return list(found.values())
 
 

@@ -167,9 +167,9 @@ class YesNo(Label):
 
 @dataclass(frozen=True)
 class IsEmotion(YesNo):
-    """The emotion that is heard is told before the answer: ``sad: no``. It then follows from the words before it, and only
-    hearing the emotion is left to learn, as for the task that asks for it (chain of thought, Wei et al. 2022); an answer
-    that had to do both at once was not learnt.
+    """The emotion that is heard is told before the answer: ``sad: no``. That then follows from the words before it, and
+    only hearing the emotion is left to learn, as for the task that asks for it (chain of thought, Wei et al. 2022); an
+    answer that had to do both at once was not learnt.
     """
 
     @property
