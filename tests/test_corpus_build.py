@@ -405,6 +405,16 @@ def test_shipped_dev_and_test_corpora_are_not_trained_on(shipped: Recipe) -> Non
             assert {utterance.split for utterance in read_manifest(shipped.path(name))} == {split}
 
 
+def test_a_share_is_of_what_trains(shipped: Recipe) -> None:
+    whole, part = shipped.model_dump(), shipped.scaled(0.25).model_dump()
+    for kind in ("synthesized", "conversations"):
+        for name, plan in whole[kind].items():
+            count = part[kind][name]["count"]
+            assert 4 * count - plan["count"] in range(4) if plan["split"] == "train" else count == plan["count"]
+            plan["count"] = count
+    assert part == whole
+
+
 def test_shipped_recordings_are_where_they_were(shipped: Recipe) -> None:
     """What is made of them is known again by these paths."""
     assert shipped.noise_for("train") == Path("../shared/data/noise") and shipped.noise_for("test") is None

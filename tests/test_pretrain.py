@@ -22,6 +22,7 @@ from speechllm.model import ModelConfig, make_model, parameter_counts
 from speechllm.tasks import FEW_SHOT, TASKS, TRAINABLE
 from train import engine, pretrain
 from train.config import read_config
+from train.launch import share_cores
 from train.log import MetricLog, read_metrics
 from train.pretrain_config import Pretraining
 
@@ -358,6 +359,31 @@ def test_a_run_may_start_from_an_earlier_one(
     assert run_here(monkeypatch, capsys, "--config", write_yaml(tmp_path / "p.yaml", settings)) == "error: seen"
     weights = models[0].lm.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in weights_of(pretrained).items())
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"),
+    [
+        ({}, 4),
+        ({"LOCAL_SIZE": "2"}, 2),
+        ({"LOCAL_WORLD_SIZE": "8"}, 1),
+        ({"LOCAL_SIZE": "2", "OMP_NUM_THREADS": "4"}, 4),
+    ],
+)
+def test_ranks_of_a_machine_share_its_cores(
+    given: dict[str, str], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        share_cores()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_shipped_configs_are_valid() -> None:

@@ -32,7 +32,7 @@ from speechllm.errors import InputError
 from train.config import read_config
 from train.engine import whole_state
 from train.finetune_config import Finetuning, Lora
-from train.launch import command, single_process_environment, train
+from train.launch import command, share_cores, single_process_environment, train
 from train.log import MetricLog
 from train.own_data import OwnData
 from train.ranks import by_first, nothing, write_together
@@ -181,6 +181,7 @@ def main() -> None:
     with command():
         config = read_config(arguments.config, Finetuning)
         single_process_environment()
+        share_cores()
         try:
             trainer = FineTrainer(config, arguments.resume)
         except KeyboardInterrupt:

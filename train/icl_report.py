@@ -160,7 +160,7 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
 
 
 def is_learnt(row: Row) -> bool:
-    """At chance without shots, at 80 % or more with those that the controls have, and clearly less under all of them."""
+    """At chance without shots, at 80 % or more with as many as the controls have, and clearly less under those."""
     without, top = row.controlled
     controls = [point for name in CONTROLS if (point := row.point(name))]
     return without.at_chance and top.value >= LEARNT and all(point.high < top.low for point in controls)

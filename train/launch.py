@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
 from torch import distributed
 
 from speechllm.errors import InputError
@@ -26,6 +27,17 @@ def single_process_environment() -> None:
         "MASTER_PORT": 0,  # any free one
     }.items():
         os.environ.setdefault(name, str(value))
+
+
+def share_cores() -> None:
+    """Ranks of one machine divide its cores among them: threads beyond that wait for one another, which is slow.
+
+    ``OMP_NUM_THREADS`` says otherwise.
+    """
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # of torchrun, and of DeepSpeed's launcher
+    ranks = next((int(os.environ[name]) for name in names if name in os.environ), 1)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
 
 
 @contextmanager

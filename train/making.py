@@ -114,9 +114,11 @@ def make_corpus(
     done = indices_done(manifest)
     missing = [index for index in range(count) if index not in done]
     tally = Counter(kept=len(done), beyond=len(done) + len(missing) - count, made=0, failed=0)
+    if not missing:  # processes take seconds to start
+        return tally
     with (
         progress_bar(console) as progress,
-        worker_pool(min(jobs, max(len(missing), 1)), _start_worker, (make, plan)) as pool,
+        worker_pool(min(jobs, len(missing)), _start_worker, (make, plan)) as pool,
     ):
         task = progress.add_task(plan.name, total=count, completed=count - len(missing))
         for outcome in pool.imap(_work, missing, chunksize=4):

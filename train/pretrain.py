@@ -10,7 +10,7 @@ from pathlib import Path
 
 from train import plan
 from train.config import read_config
-from train.launch import command, single_process_environment, train
+from train.launch import command, share_cores, single_process_environment, train
 from train.pretrain_config import Pretraining
 from train.trainer import Trainer
 
@@ -28,6 +28,7 @@ def main() -> None:
             plan.dry_run(config, arguments)
             return
         single_process_environment()
+        share_cores()
         train(Trainer(config, arguments.resume))
 
 
