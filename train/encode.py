@@ -6,7 +6,7 @@ import hashlib
 import json
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from random import Random
 from typing import Annotated
@@ -23,7 +23,7 @@ from speechllm.errors import InputError
 from train.loop import progress_bar
 from train.workers import worker_pool
 
-SHARD = 500  # utterances in a file; what an interruption can lose
+SHARD = 100  # utterances in a file; what an interruption can lose, and what one process does at a time
 FEATURES = Features(
     {
         "id": Value("string"),
@@ -62,9 +62,12 @@ def fingerprint(items: list[Item]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
+loaded = cache(load_codec)  # once in each process
+
+
 def encode_shard(number: int, items: list[Item], codec_folder: Path, n_q: int, copies: int, out: Path) -> int:
     """Write one shard, whole or not at all; returns its number of utterances."""
-    codec = load_codec(codec_folder)
+    codec = loaded(codec_folder)
     rows = [
         encode_row(codec, item, n_q, copy)
         for item in items
