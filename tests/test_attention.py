@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedModel, modeling_flash_attention_utils
+from transformers import PreTrainedModel, modeling_flash_attention_utils
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 from transformers.utils import is_flash_attn_2_available
 
@@ -77,12 +77,15 @@ def test_flash_attention_is_taken_where_it_can_be_had(
         choose_attention(lm, device, dtype, FLASH, flash_attn=installed)
 
 
-def test_an_lm_that_might_not_be_told_of_packed_rows_does_not_get_it() -> None:
-    gptj = GPTJForCausalLM(GPTJConfig(vocab_size=IDS, n_embd=32, n_layer=1, n_head=4, rotary_dim=8))
-    assert gptj._supports_flash_attn
-    assert choose_attention(gptj, GPU, torch.bfloat16, flash_attn=True) == "sdpa"
-    with pytest.raises(InputError, match="another LM than gptj"):
-        choose_attention(gptj, GPU, torch.bfloat16, FLASH, flash_attn=True)
+def test_an_lm_that_might_not_be_told_of_packed_rows_does_not_get_it(
+    lm: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert choose_attention(lm, GPU, torch.bfloat16, flash_attn=True) == FLASH
+    monkeypatch.setattr(type(lm), "_supports_attention_backend", False)  # as of LMs with an attention of their own
+    assert lm._supports_flash_attn
+    assert choose_attention(lm, GPU, torch.bfloat16, flash_attn=True) == "sdpa"
+    with pytest.raises(InputError, match=f"another LM than {lm.config.model_type}"):
+        choose_attention(lm, GPU, torch.bfloat16, FLASH, flash_attn=True)
 
 
 def test_models_made_and_loaded_on_a_cpu_have_sdpa(lm: PreTrainedModel, tmp_path: Path) -> None:
