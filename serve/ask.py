@@ -98,7 +98,7 @@ def ask(
       speechllm ask "Transcribe this audio" a.wav b.mp3
       speechllm ask "Transcribe this audio" --also "Translate this audio to German" a.wav
       speechllm ask "Transcribe this audio" recordings/ --format srt --output-dir subtitles
-      speechllm ask "Is the speaker angry?" --shot calm.wav=no --shot row.wav=yes new.wav
+      speechllm ask "Is it a question?" --shot asked.wav=yes --shot told.wav=no new.wav
       speechllm ask "What is the speaker's emotion?" --shots emotion new.wav
       speechllm ask "Translate this text to German: Two dogs run."
       ffmpeg -i talk.mp4 -f wav - | speechllm ask "Transcribe this audio" -

@@ -1,5 +1,6 @@
 """Groups of clips, and how far the best and the worst are apart."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,22 +71,32 @@ def test_the_gap_is_between_the_best_and_the_worst(tmp_path: Path) -> None:
             result("wer", "speaker=ann", 40),
             result("wer", "speaker=bob", 70),
             result("wer", "speaker=cat", 60),
-            result("wer", "speaker=few", 99, clips=4),
+            result("wer", "speaker=few", 99, clips=9),
             result("cer", "speaker=cat", 1),
             result("wer", "speaker=ann", 1, system="other"),
             result("wer", "gender=female", 41),
             result("wer", "gender=male", 44),
+            *(result("wer", f"accent={n}", 40 + 4.2 * n / 11) for n in range(12)),
+            replace(result("wer", "language=en", 0), low=0.0, high=0.0),
+            replace(result("wer", "language=de", 10), low=10.0, high=10.0),
         ),
         targets=(Target("a", "transcribe", "captions", "wer"),),
     )
-    speakers, genders = gaps(evaluation)
+    speakers, genders, accents, languages = gaps(evaluation)
     assert (speakers.kind, speakers.best.group, speakers.worst.group) == ("speaker", "speaker=ann", "speaker=bob")
     assert (len(speakers.groups), speakers.points, speakers.apart) == (3, 30, True)
-    assert (genders.worst.group, genders.points, genders.apart) == ("gender=male", 3, False)
+    assert (genders.worst.group, genders.points, genders.apart) == ("gender=male", 3, True)
+    assert (len(accents.groups), accents.points, accents.apart) == (
+        12,
+        pytest.approx(4.2),
+        False,
+    )  # intervals are apart
+    assert (languages.points, languages.apart) == (10, False)  # of ten clips, that have intervals without width
     table = bias_table([speakers, genders])
     assert "| captions | speaker | 3 | WER % | ann: 40.0 (38.0–42.0), 10 clips | bob: 70.0" in table
     assert "| 30.0 | yes |" in table
-    assert "| 3.0 | no |" in table
+    assert "| 3.0 | yes |" in table
+    assert "| 4.2 | no |" in bias_table([accents])
     assert bias_table([]) == ""
     plot_bias([speakers, genders], tmp_path / "bias.png")
     assert (tmp_path / "bias.png").stat().st_size > 1000

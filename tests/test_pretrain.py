@@ -396,6 +396,8 @@ def test_the_shipped_configs_are_valid() -> None:
     assert FEW_SHOT.keys() < release.tasks.keys() < TRAINABLE.keys()
     assert release.tasks.keys() - release.curriculum.keys() == {"repeat"}, "which comes first, alone"
     assert min(release.curriculum.values()) > 0
+    emotions = read_config(folder / "emotions.yaml", Pretraining)
+    assert emotions.start_from == release.out / "checkpoint" and emotions.tasks.keys() < release.tasks.keys()
     own = read_config(folder / "own-data.yaml", Pretraining)
     assert own.start_from == Path("speechllm/checkpoints/tiny") and own.tasks.keys() < tasks.tasks.keys()
     assert own.model == words.model and (own.codec, own.text_model) == (words.codec, words.text_model)

@@ -229,6 +229,18 @@ def test_an_interruption_waits_for_what_the_stage_started(folder: Path) -> None:
     assert cost.seconds > 0.5
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
+def test_a_failure_leaves_nothing_that_the_stage_started(folder: Path) -> None:
+    failing = (
+        "import subprocess, sys; from pathlib import Path; "
+        "rank = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+        "Path(sys.argv[1]).write_text(str(rank.pid)); sys.exit(3)"
+    )
+    config = recipe(folder, {"one": {"command": python(failing, folder / "rank")}})
+    assert release(config).returncode == 3
+    assert not Path("/proc", (folder / "rank").read_text()).exists()
+
+
 def test_costs(folder: Path) -> None:
     burn = "import time; end = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
     config = recipe(folder, {"one": {"command": python(burn)}}, watts_per_core=20)

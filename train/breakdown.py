@@ -59,7 +59,7 @@ class Gap:
 def _error(result: Result) -> float:
     """Standard error in points. Where no clip differs an interval has no width: by the rule of three (3 / clips)."""
     assert result.low is not None and result.high is not None
-    return max(result.high - result.low, 300 / result.clips) / (2 * 1.96)
+    return (result.high - result.low or 300 / result.clips) / (2 * 1.96)
 
 
 def group_of(kind: Kind, item: Item) -> str | None:

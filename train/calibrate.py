@@ -95,7 +95,9 @@ def judge(question: Question, task: Task, answer: dict[str, Any], temperature: f
     true = task.read(question.answer)
     whole = log_prob(answer["confidence"])
     if isinstance(task, Label):
-        return Judged(whole, (), int(answer["label"] != true.label), 1, answer["label"] is not None)
+        # the confidence is that of all that is said, which may be more than the label
+        alone = answer["label"] is not None and task.answers.keys() == {*task.labels}
+        return Judged(whole, (), int(answer["label"] != true.label), 1, alone)
     right, errors, total = align(words(true, task), [word["text"] for word in answer["words"]])
     judged = zip(answer["words"], right, strict=True)
     own = tuple((log_prob(word["confidence"]), same) for word, same in judged if same is not None)
@@ -113,7 +115,7 @@ def answer_rows(answers: Sequence[Judged]) -> Iterator[Row]:
 
 
 def to_fit(answers: Sequence[Judged]) -> Judgements:
-    """What has a confidence that is a probability to be right: words, and labels.
+    """What has a confidence that is a probability to be right: words, and labels that are all that is said.
 
     Of a transcript there are its words, and more of them than of answers.
     """

@@ -98,7 +98,10 @@ class Recipe(Settings):
     tests: list[str] = Field(default_factory=list)
 
     def scaled(self, share: float) -> Recipe:
-        """The same with the first ``share`` of each set that is made to train on; the rest can be made later."""
+        """The same with the first ``share`` of each set that is made to train on.
+
+        More speech can be made later; conversations, and codes of what grew, are then to be removed first.
+        """
 
         def part(plan: AnyMade) -> AnyMade:
             return plan.model_copy(update={"count": math.ceil(share * plan.count)}) if plan.split == "train" else plan

@@ -109,8 +109,8 @@ def encode_corpus(manifest: Path, codec_folder: Path, out: Path, n_q: int, copie
     with progress_bar() as bar, ExitStack() as stack:
         task = bar.add_task(f"encode {manifest}", total=len(items))
         bar.advance(task, sum(len(shards[n]) for n in done))
-        if jobs > 1:
-            pool = stack.enter_context(worker_pool(jobs, torch.set_num_threads, (1,)))
+        if min(jobs, len(todo)) > 1:
+            pool = stack.enter_context(worker_pool(min(jobs, len(todo)), torch.set_num_threads, (1,)))
             pending = [pool.apply_async(work, (n, shard)) for n, shard in todo.items()]
             results = (result.get() for result in pending)
         else:  # another process would be some seconds of imports

@@ -210,9 +210,9 @@ def run(words: list[str], rapl: Rapl) -> tuple[int, bool]:
 
 
 def _end_group(group: int) -> None:
-    """Ask what is left of it to end, and wait for that."""
+    """Kill what is left of it: ranks that wait for one that is gone heed nothing else, and what they saved is whole."""
     with suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGTERM)
+        os.killpg(group, signal.SIGKILL)
     _wait_for_group(group)
 
 
