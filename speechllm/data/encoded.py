@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -74,8 +75,8 @@ def copy_id(name: str, copy: int) -> str:
 
 
 def is_varied(row: dict) -> bool:
-    """Whether the row is a copy that sounds as if from another speaker and place."""
-    return "#" in row["id"]
+    """Whether the row is a copy, which sounds as if from another speaker and place: see :func:`copy_id`."""
+    return re.search(r"#[1-9]\d*$", row["id"]) is not None
 
 
 def row_codes(row: dict, n_q: int) -> Tensor:
