@@ -14,7 +14,7 @@ from speechllm.data.episodes import EXCERPT, MAX_SHOTS, MAX_TRANSCRIPTS, ROOM, K
 from speechllm.data.label_names import HELD_OUT_NAMES, listed, names
 from speechllm.data.mixture import Draw, Mixture
 from speechllm.prompt import IGNORE_INDEX
-from speechllm.tasks import FEW_SHOT, TASKS, TRAINABLE, Facts, find_task
+from speechllm.tasks import FEW_SHOT, TASKS, Facts, find_task
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 from train.encode import FEATURES
@@ -133,7 +133,7 @@ def test_recordings_of_an_episode_are_of_one_corpus_unless_they_may_be_of_all(mi
 
 def test_now_and_then_a_shot_is_the_recording_itself(mixture: Mixture) -> None:
     again = [turns[-1].row in {turn.row for turn in turns[:-1]} for turns in episodes(mixture, "few_shot_word", 400)]
-    assert 0.08 < sum(again) / len(again) < 0.22
+    assert 0.2 < sum(again) / len(again) < 0.4
 
 
 def test_names_of_labels() -> None:
@@ -252,14 +252,13 @@ def test_labels_come_from_the_words_of_others() -> None:
     assert {("sea",), ("sun",), ("fog",)} <= answers
 
 
-def test_what_is_repeated_has_to_be_looked_up() -> None:
-    task, facts = TRAINABLE["repeat"], Facts(1.0, "A man in a blue shirt sleeps.")
-    posed = [task.pose(facts, Random(seed)) for seed in range(50)]
-    answers = [asked[1] for asked in posed if asked]
-    assert len(set(answers)) == 50
-    assert all(asked and asked[0].endswith(asked[1][0]) for asked in posed)
-    assert {letter for answer in answers for letter in answer[0]} == set("A man in a blue shirt sleeps.")
-    assert task.pose(Facts(1.0, ""), Random(0)) is None
+def test_words_on_paper_are_asked_for_themselves(mixture: Mixture) -> None:
+    for turns in episodes(mixture, "few_shot_text"):
+        assert [turn.instruction for turn in turns] == [text_of(mixture, turn.row) for turn in turns]
+        assert len({(turn.instruction, turn.answer) for turn in turns}) == len({turn.instruction for turn in turns})
+    draw = Draw("few_shot_text", int(mixture.pools["few_shot_text"]["words"].rows[0]))
+    assert not any(example.codes.numel() for example in mixture.episode(draw, Random(0)))
+    assert not mixture.vocabulary.is_audio(mixture.sequence(draw, Random(0)).ids).any()
 
 
 def test_long_recordings_have_fewer_shots() -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from speechllm.data.encoded import write_facts
 from speechllm.data.mixture import CodeNoise, Draw, Mixture, TrainingBatch
@@ -22,7 +23,7 @@ from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 from train.balance import Balance, Fixed, PcGrad
 from train.encode import FEATURES
-from train.objective import Objective
+from train.objective import Objective, load_balance
 
 TEXT = TextTokenizer.load(Path(__file__).parents[1] / "tokenizers" / "text.model")
 VOCABULARY = Vocabulary(TEXT.size, n_q=1, card=16)
@@ -93,14 +94,24 @@ def make(
     return Objective(lm, VOCABULARY, balance, ctc_layer, ctc_weight, aux_weight, **others)
 
 
-def test_answer_and_aux_are_those_of_hugging_face(lm: PreTrainedModel, mixture: Mixture) -> None:
+def test_answer_is_that_of_hugging_face_and_aux_the_mean_of_its_layers(lm: PreTrainedModel, mixture: Mixture) -> None:
     batch = batch_of(mixture, 0, 1, 2, 3)
     assert not batch.lm.attention_mask.all()
     inputs = {"input_ids": batch.lm.input_ids, "attention_mask": batch.lm.attention_mask, "labels": batch.lm.labels}
     losses, expected = make(lm)(batch), lm(**inputs)
     assert losses["answer"].item() == pytest.approx(expected.loss.item(), abs=1e-5)
-    with_router = lm(**inputs, output_router_logits=True)
-    assert losses["aux"].item() == pytest.approx(with_router.aux_loss.item(), abs=1e-5)
+    logits = lm(**inputs, output_router_logits=True).router_logits
+    each = [load_balancing_loss_func((layer,), 4, 2, batch.lm.attention_mask) for layer in logits]
+    assert losses["aux"].item() == pytest.approx(sum(each).item() / len(each), abs=1e-5)
+
+
+def test_each_layer_is_balanced_for_itself() -> None:
+    favours = torch.tensor([5.0, 5.0, 0.0, 0.0]).expand(6, 4)
+    opposite, mask = (favours, favours.flip(1)), torch.ones(2, 3, dtype=torch.int64)
+    even = tuple(torch.eye(4).roll(n, 0).repeat(2, 1)[:6] * 9 for n in range(2))
+    assert load_balancing_loss_func(opposite, 4, 2, mask).item() == pytest.approx(2, abs=1e-3)  # unseen
+    assert load_balance(opposite, 4, 2, mask).item() > 3.9
+    assert load_balance(even, 4, 2, mask).item() < 2.7
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts(lm: PreTrainedModel, mixture: Mixture) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,10 @@ def test_a_second_run_in_the_same_folder_is_refused(
         ({"tasks": {"transcribe": 1, "emotion": 1}, "curriculum": {}}, "has an answer for emotion: leave it out"),
         ({"curriculum": {"diarize": 5}}, "curriculum: diarize not among the tasks"),
         ({"curriculum": {"transcribe": 5, "translate_de": 9}}, "curriculum: no task to begin with"),
+        ({"task_corpora": {"diarize": {"somewhere": 1}}}, "task_corpora: diarize not among the tasks"),
+        ({"task_corpora": {"transcribe": {"nowhere": 1}}}, "task_corpora: transcribe: nowhere not among the corpora"),
+        ({"task_corpora": {"transcribe": {}}}, "task_corpora.transcribe: Dictionary should have at least 1 item"),
+        ({"dev_corpora": {"somewhere": ["diarize"]}}, "dev_corpora: somewhere: diarize not among the tasks"),
         ({"seed": -1}, "seed: "),
         ({"balance": {"method": "magic"}}, "balance: Input tag 'magic' found using 'method' does not match"),
         ({"balance": {"method": "fixed", "weights": {"emotion": 2}}}, "balance.weights: emotion not among the tasks"),
@@ -391,13 +396,12 @@ def test_the_shipped_configs_are_valid() -> None:
     words, tasks = (read_config(folder / f"{name}.yaml", Pretraining) for name in ("tiny", "all-tasks"))
     assert words.tasks.keys() < tasks.tasks.keys()
     assert tasks.tasks.keys() == TASKS.keys()
-    release = read_config(folder / "tiny-tasks.yaml", Pretraining)
-    assert release.start_from == words.out / "checkpoint" and release.model == words.model
-    assert FEW_SHOT.keys() < release.tasks.keys() < TRAINABLE.keys()
-    assert release.tasks.keys() - release.curriculum.keys() == {"repeat"}, "which comes first, alone"
-    assert min(release.curriculum.values()) > 0
-    emotions = read_config(folder / "emotions.yaml", Pretraining)
-    assert emotions.start_from == release.out / "checkpoint" and emotions.tasks.keys() < release.tasks.keys()
+    stages = ("tiny", "tasks-first", "emotions", "recall", "tiny-tasks")
+    chain = [read_config(folder / f"{name}.yaml", Pretraining) for name in stages]
+    for before, after in pairwise(chain):
+        assert after.start_from == before.out / "checkpoint" and after.model == before.model
+    release = chain[-1]
+    assert FEW_SHOT.keys() < release.tasks.keys() == TRAINABLE.keys() - {"next_text"}
     own = read_config(folder / "own-data.yaml", Pretraining)
     assert own.start_from == Path("speechllm/checkpoints/tiny") and own.tasks.keys() < tasks.tasks.keys()
     assert own.model == words.model and (own.codec, own.text_model) == (words.codec, words.text_model)

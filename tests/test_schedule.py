@@ -79,6 +79,20 @@ def test_what_is_drawn_has_the_shares_asked_for() -> None:
     assert corpora["x"] / tasks["a"] == pytest.approx(8 / 12, abs=0.02)
 
 
+def test_a_task_may_have_corpora_of_its_own() -> None:
+    pools = {"a": {"x": pool(30), "y": pool(30, 30), "z": pool(30, 60)}, "b": {"x": pool(30)}}
+    weights = {"a": 1.0, "b": 1.0}
+    schedule = make(
+        pools, weights, 5000.0, temperature=1.0, corpus_weights={"y": 9.0}, task_corpora={"a": {"y": 1, "z": 3}}
+    )
+    draws = flat(plan(schedule, range(100)))
+    rows = Counter(draw.row // 30 for draw in draws if draw.task == "a")
+    assert rows.keys() == {1, 2}
+    assert rows[2] / rows.total() == pytest.approx(0.75, abs=0.02)
+    assert rows.total() / len(draws) == pytest.approx(60 / 90, abs=0.02), "what does not teach a task does not count"
+    assert schedule.chances(0)["b", "x"] == pytest.approx(1 / 3)
+
+
 def test_a_task_enters_with_the_window_after_its_step() -> None:
     enters = {"emotion": WINDOW, "diarize": WINDOW + 10}
     schedule = make(enters=enters)

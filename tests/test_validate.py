@@ -17,6 +17,8 @@ from speechllm.tasks import TASKS, Facts
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 from train.encode import FEATURES
+from train.pretrain_config import Pretraining
+from train.setup import make_start
 from train.validate import Validation, dev_set
 
 TEXT = TextTokenizer.load(Path(__file__).parents[1] / "tokenizers" / "text.model")
@@ -78,6 +80,17 @@ def test_the_audio_of_what_is_asked_is_swapped_and_that_of_its_shots_is_not() ->
         assert all(a is b for a, b in zip(own[:-1], other[:-1], strict=True))
         assert torch.equal(other[-1].codes, dev.examples[(number + 1) % len(dev.examples)][-1].codes)
         assert (own[-1].instruction, own[-1].answer) == (other[-1].instruction, other[-1].answer)
+
+
+def test_a_dev_corpus_may_be_for_some_tasks(pretrain_settings: dict[str, Any], tmp_path: Path) -> None:
+    (dev,) = pretrain_settings["dev_corpora"]
+    for asked, scored in (([dev], ["transcribe", "translate_de"]), ({dev: ["translate_de"]}, ["translate_de"])):
+        config = Pretraining.model_validate(pretrain_settings | {"out": tmp_path, "dev_corpora": asked})
+        start = make_start(config, False)
+        validation = Validation(config, start.codec, start.vocabulary, start.text, 0, 1)
+        corpora = validation.corpora()
+        assert [task for task in config.tasks if corpora[task] == [dev.name]] == scored
+        assert sum(map(len, corpora.values())) == len(scored)
 
 
 def test_labels_take_more_clips(mixture: Mixture) -> None:

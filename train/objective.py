@@ -95,9 +95,7 @@ class Objective(nn.Module):
             losses["loss"] = losses["loss"] + self.audio_weight * losses["audio"]
         if self.router:
             number, top_k = self.router
-            aux = load_balancing_loss_func(output.router_logits, number, top_k, mask)
-            assert isinstance(aux, Tensor)
-            losses["aux"] = aux
+            losses["aux"] = load_balance(output.router_logits, number, top_k, mask)
             losses["loss"] = losses["loss"] + self.aux_weight * losses["aux"]
             if self.router_z_weight:
                 losses["router_z"] = router_z(output.router_logits, mask)
@@ -165,6 +163,16 @@ def log_probs(lm: PreTrainedModel, hidden: Tensor) -> Tensor:
     """``[positions, ids]`` of ``hidden [positions, hidden]``, which should be those that are scored alone."""
     logits: Tensor = lm.get_output_embeddings()(hidden)
     return logits.float().log_softmax(-1)
+
+
+def load_balance(router_logits: Sequence[Tensor], number: int, top_k: int, mask: Tensor) -> Tensor:
+    """Load-balancing loss (Fedus et al. 2021, Switch Transformers, eq. 4), the mean over the layers; ``top_k`` at best.
+
+    Each layer's own: given all layers at once transformers adds their choices up, and each may then have favourites of
+    its own. router_logits and mask as for :func:`router_z`.
+    """
+    of_layers = [load_balancing_loss_func((logits,), number, top_k, mask) for logits in router_logits]
+    return torch.stack(of_layers).mean()
 
 
 def router_z(router_logits: Sequence[Tensor], mask: Tensor) -> Tensor:

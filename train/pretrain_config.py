@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -22,7 +23,12 @@ class Pretraining(Training):
     text_model: Path = Path("tokenizers/text.model")
     codec: Path = Path("tokenizers/codec")
     corpora: Weights = Field(min_length=1, description="folders written by train.encode: weight within each task")
-    dev_corpora: list[Path]
+    dev_corpora: list[Path] | dict[Path, list[str]] = Field(
+        description="folders; and the tasks that are scored on each, all that it has answers for unless given"
+    )
+    task_corpora: dict[str, Annotated[Weights, Field(min_length=1)]] = Field(
+        {}, description="task name: the folders among corpora that teach it, and their weight, if not all"
+    )
     curriculum: dict[str, int] = Field({}, description="task name: step from which it is trained, if not the first")
     init_from: str | None = Field(
         None, min_length=1, description="causal LM of transformers, a folder or a name on the hub; brings its tokenizer"
@@ -59,6 +65,15 @@ class Pretraining(Training):
         return self
 
     @model_validator(mode="after")
+    def _task_corpora_are_there(self) -> Pretraining:
+        if unknown := self.task_corpora.keys() - self.tasks.keys():
+            raise ValueError(f"task_corpora: {', '.join(sorted(unknown))} not among the tasks")
+        for task, weights in self.task_corpora.items():
+            if missing := weights.keys() - self.corpora.keys():
+                raise ValueError(f"task_corpora: {task}: {', '.join(map(str, sorted(missing)))} not among the corpora")
+        return self
+
+    @model_validator(mode="after")
     def _balance_fits(self) -> Pretraining:
         if isinstance(self.balance, FixedSettings) and (unknown := self.balance.weights.keys() - self.tasks.keys()):
             raise ValueError(f"balance.weights: {', '.join(sorted(unknown))} not among the tasks")
@@ -82,6 +97,18 @@ class Pretraining(Training):
         if self.ctc_weight and self.ctc_layer > self.model.num_layers and not self.init_from:
             raise ValueError(f"ctc_layer = {self.ctc_layer} exceeds model.num_layers = {self.model.num_layers}")
         return self
+
+    @model_validator(mode="after")
+    def _scored_is_trained(self) -> Pretraining:
+        for folder in self.dev_corpora:
+            if unknown := set(self.scored_on(folder)) - self.tasks.keys():
+                raise ValueError(f"dev_corpora: {folder}: {', '.join(sorted(unknown))} not among the tasks")
+        return self
+
+    def scored_on(self, folder: Path) -> list[str]:
+        """The tasks that are scored on a dev corpus, where it has answers for them."""
+        named = self.dev_corpora
+        return named[folder] if isinstance(named, dict) else list(self.tasks)
 
     @property
     def times(self) -> int:

@@ -105,6 +105,10 @@ def make_schedule(config: Pretraining, mixture: Mixture, world: int) -> Schedule
             f"corpora: no utterance of up to max_audio_seconds = {config.max_audio_seconds} has an answer for "
             f"{', '.join(sorted(missing))}: leave it out of tasks, or add corpora"
         )
+    own = {task: {str(f): weight for f, weight in named.items()} for task, named in config.task_corpora.items()}
+    for task, named in own.items():
+        if idle := named.keys() - mixture.pools[task].keys():
+            raise InputError(f"task_corpora: {', '.join(sorted(idle))}: no answers for {task}: leave it out there")
     return Schedule(
         mixture.pools,
         config.tasks,
@@ -113,6 +117,7 @@ def make_schedule(config: Pretraining, mixture: Mixture, world: int) -> Schedule
         world * config.grad_accum_steps,
         config.temperature,
         {str(folder): weight for folder, weight in config.corpora.items()},
+        own,
         config.curriculum,
         config.short_first,
     )

@@ -50,7 +50,7 @@ class DevSet:
 
 
 class Validation:
-    """Scores the LM on every task of the mixture, on every dev corpus that has answers for it."""
+    """Scores the LM on the tasks of the mixture, on the dev corpora that have answers for them."""
 
     def __init__(
         self, config: Pretraining, codec: Codec, vocabulary: Vocabulary, text: TextTokenizer, rank: int, world: int
@@ -62,7 +62,8 @@ class Validation:
         self.sets = []
         for folder in config.dev_corpora:
             rows = read_encoded([folder], "dev", codec)
-            mixture = Mixture({folder.name: rows}, vocabulary, text, self.tasks, config.max_audio_seconds)
+            scored = config.scored_on(folder)
+            mixture = Mixture({folder.name: rows}, vocabulary, text, scored, config.max_audio_seconds)
             for task in mixture.pools:
                 self.sets.append(dev_set(folder.name, mixture, task, config.decode_examples, rank, world))
 

@@ -103,7 +103,7 @@ def describe(row: dict, tasks: Sequence[str], vocabulary: Vocabulary, max_second
             keys = sorted(filter(None, task.keys(facts, None if is_varied(row) else row["speaker"])))
             if is_varied(row) and not isinstance(task, FewShotLabel):
                 keys = []  # its words would be those of another shot
-            length = turn_size(task, facts, heard) if keys else None
+            length = turn_size(task, facts, heard * task.listens) if keys else None
         else:
             asked = task.pose(facts, Random(0))
             length = size(*asked) + heard * task.listens if asked and writable(asked[1], vocabulary) else None

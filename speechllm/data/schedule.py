@@ -33,7 +33,8 @@ class Schedule:
     """Draws of a run; what a step sees follows from the seed, the step and the state alone, whatever
     ranks there are.
 
-    pools: task -> corpus -> recordings. weights: of tasks. corpus_weights: of corpora, 1 where not given. enters: task
+    pools: task -> corpus -> recordings. weights: of tasks. corpus_weights: of corpora, 1 where not given.
+    task_corpora: task -> the corpora that teach it and their weights, for tasks that not all are to teach. enters: task
     -> the step from which it is drawn, 0 where not given; it counts from the next window of ``WINDOW`` steps.
     temperature: T. batch_tokens: ids of a micro batch, about. short: steps over which longer utterances come in;
     until then recordings may come again early. lanes: micro batches of a step, of all ranks together.
@@ -46,10 +47,15 @@ class Schedule:
     lanes: int = 1
     temperature: float = 5.0
     corpus_weights: Mapping[str, float] = field(default_factory=dict)
+    task_corpora: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     enters: Mapping[str, int] = field(default_factory=dict)
     short: int = 0
 
     def __post_init__(self) -> None:
+        self.pools = {
+            task: {name: pools[name] for name in self.task_corpora.get(task, pools)}
+            for task, pools in self.pools.items()
+        }
         self._window = 0  # the next to be planned
         self._drawn: dict[str, int] = {}  # "task/corpus" -> recordings drawn in the windows before it
         self._orders: dict[str, tuple[int, np.ndarray]] = {}
@@ -132,7 +138,8 @@ class Schedule:
     def _corpora(self, task: str) -> dict[str, float]:
         pools = self.pools[task]
         sizes = np.array([len(pool.rows) for pool in pools.values()], dtype=np.float64)
-        weights = np.array([self.corpus_weights.get(name, 1.0) for name in pools])
+        asked = self.task_corpora.get(task, self.corpus_weights)
+        weights = np.array([asked.get(name, 1.0) for name in pools])
         return dict(zip(pools, share(sizes, weights, self.temperature).tolist(), strict=True))
 
     def _size(self, task: str, corpus: str, step: int) -> int:

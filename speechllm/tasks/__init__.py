@@ -16,7 +16,7 @@ from speechllm.tasks.labels import (
     Trait,
 )
 from speechllm.tasks.timed import Timed, VoiceActivity
-from speechllm.tasks.words import NextText, Repeat, TextTranslation, Words
+from speechllm.tasks.words import NextText, TextTranslation, Words
 
 __all__ = [
     "FEW_SHOT",
@@ -81,8 +81,7 @@ TASKS: dict[str, Task] = {
 }
 
 FEW_SHOT = few_shot_tasks(w.TRANSCRIBE, w.TRANSCRIBE_HELD_OUT)
-REPEAT = Repeat("repeat", "wer", w.REPEAT, ())
-TRAINABLE: dict[str, Task] = {**TASKS, **FEW_SHOT, REPEAT.name: REPEAT}  # what a mixture may hold
+TRAINABLE: dict[str, Task] = {**TASKS, **FEW_SHOT}  # what a mixture may hold
 
 TRAITS = tuple(task for task in TASKS.values() if isinstance(task, Trait))
 

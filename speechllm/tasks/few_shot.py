@@ -120,6 +120,7 @@ def few_shot_tasks(transcribe: tuple[str, ...], held_out: tuple[str, ...]) -> di
 
     tasks: tuple[FewShot, ...] = (
         labels("word", _word),
+        labels("text", _word, listens=False),  # what words on paper are called: a step towards the others
         labels("speaker", lambda facts, speaker: (speaker,), whole=False),
         labels("gender", trait(Gender), whole=False),
         labels("language", trait(Language), whole=False, across=True),

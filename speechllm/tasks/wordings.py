@@ -571,5 +571,3 @@ NEXT_TEXT_HELD_OUT = (
     "Which words follow? {}",
     "Extend this beginning: {}",
 )
-
-REPEAT = ("Repeat: {}", "Repeat this: {}", "Say again: {}", "Copy: {}", "Write again: {}", "The same once more: {}")

@@ -64,26 +64,5 @@ class NextText(PlainText):
         return (text[len(argument) :].strip(),) if argument and text.startswith(argument) else None
 
 
-@dataclass(frozen=True)
-class Repeat(PlainText):
-    """Words in the instruction, the same words in the answer; no audio.
-
-    Some are invented and their order tells nothing, so that they have to be looked up: what following shots begins
-    with (induction heads, Olsson et al. 2022), learnt where it takes few ids.
-    """
-
-    listens: bool = False
-
-    MOST = 12  # words
-
-    def argument(self, facts: Facts, rng: Random, others: Others | None = None) -> str | None:
-        words = (facts.text or "").split()
-        rng.shuffle(words)
-        return " ".join("".join(rng.sample(w, len(w))) if rng.random() < 0.5 else w for w in words[: self.MOST]) or None
-
-    def write(self, facts: Facts, argument: str = "") -> Parts | None:
-        return (argument,) if argument else None
-
-
 def is_mark(part: str | Time | Speaker) -> bool:
     return isinstance(part, Time | Speaker)
