@@ -169,7 +169,9 @@ def test_folder_round_trip(codec: HuggingFaceCodec, folder: Path, tmp_path: Path
     wav = noise(codec.sample_rate)
     codes = codec.encode(wav)
     save_codec(codec, tmp_path / "codec")
+    (tmp_path / "codec" / "README.md").write_text("how good it is")
     copy_codec(tmp_path / "codec", tmp_path / "copy")
+    assert not (tmp_path / "copy" / "README.md").exists()
     copy_codec(folder, tmp_path / "other")
     for path in (folder, tmp_path / "codec", tmp_path / "copy", tmp_path / "other"):
         again = load_codec(path)

@@ -77,14 +77,16 @@ def load_codec(source: str | Path) -> AnyCodec:
 
 
 def copy_codec(source: str | Path, folder: Path) -> AnyCodec:
-    """Put the codec at ``source`` into ``folder``: a codec folder of ours file by file, any other as one of ours.
+    """Put the codec at ``source`` into ``folder``: a codec folder of ours file by file, but for what is told about it
+    there (``train.evaluate_codec``), any other as one of ours.
 
     Raises:
         InputError: as :func:`load_codec`.
     """
     codec = load_codec(source)
     if Path(source).is_dir() and "kind" in _read_config(Path(source)):
-        shutil.copytree(source, folder, dirs_exist_ok=True)
+        told = shutil.ignore_patterns("README.md", "results.json", "*.png")
+        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=told)
     else:
         save_codec(codec, folder)
     return codec

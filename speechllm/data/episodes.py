@@ -18,6 +18,7 @@ MAX_TRANSCRIPTS = 3  # shots of transcripts, which are long
 ROOM = 1200  # ids of an episode, about: long recordings have fewer shots
 CLASSES = (2, 2, 2, 3, 4)  # how many labels an episode has, each number as likely
 AGAIN = 0.3  # share of the episodes in which one of the shots is the recording asked about, heard another time
+NAMED = 0.5  # share of the turns whose instruction is the class itself: found by reading, before it is by hearing
 EXCERPT = (0.6, 1.6)  # seconds that are heard of a longer clip, where all of it is not needed
 
 
@@ -96,10 +97,13 @@ class Kin:
         return chosen
 
 
-def label_turns(kin: Kin, row: int, words: Sequence[str], rng: Random, wordings: Sequence[str]) -> list[Turn]:
+def label_turns(
+    kin: Kin, row: int, words: Sequence[str], rng: Random, wordings: Sequence[str], named: float = 0.0
+) -> list[Turn]:
     """Shots of classes that take turns, in any order, and last the recording of ``row``, whose class is among them.
 
-    words: that labels may be called by. Where nothing is heard a class is what is asked.
+    words: that labels may be called by. named: share of the turns whose instruction is the class, which is all of them
+    where nothing is heard.
     """
     group, (own, *_) = kin.own[row]
     rest = [key for key in kin.groups[group] if key != own]
@@ -114,7 +118,7 @@ def label_turns(kin: Kin, row: int, words: Sequence[str], rng: Random, wordings:
     rng.shuffle(shots)
     turns, told = [], set()
     for key, recording in (*shots, (own, row)):
-        asked = instruction if kin.task.listens else key
+        asked = key if not kin.task.listens or rng.random() < named else instruction
         turns.append(Turn(recording, asked, (labels[key],), key in told, kin.task.whole))
         told.add(key)
     return turns

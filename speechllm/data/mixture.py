@@ -14,7 +14,7 @@ from torch import Tensor
 
 from speechllm.data.code_noise import CodeNoise
 from speechllm.data.encoded import row_codes, row_facts
-from speechllm.data.episodes import EXCERPT, Turn, excerpt, label_turns, transcript_turns
+from speechllm.data.episodes import EXCERPT, NAMED, Turn, excerpt, label_turns, transcript_turns
 from speechllm.data.pools import find_pools
 from speechllm.prompt import Batch, Example, Rendered, collate, render
 from speechllm.tasks import TRAINABLE, TRAITS, Facts, FewShot, FewShotLabel, Task
@@ -109,7 +109,8 @@ class Mixture:
         """
         task = TRAINABLE[draw.task]
         if isinstance(task, FewShotLabel):
-            return label_turns(self._kin[task.name], draw.row, self._words, rng, wordings or task.wordings)
+            asked, named = (task.wordings, NAMED) if wordings is None else (wordings, 0.0)
+            return label_turns(self._kin[task.name], draw.row, self._words, rng, asked, named)
         if isinstance(task, FewShot):
             return transcript_turns(self._kin[task.name], draw.row, self.facts, rng, wordings or task.wordings)
         corpus = self._names[int(np.searchsorted(self._ends, draw.row, "right"))]
