@@ -20,11 +20,12 @@ from speechllm.tasks import TASKS, ParsedAnswer, Speaker, Time
 from train import evaluate
 from train.asking import Server
 from train.evaluate_report import geometric_mean, scores
-from train.evaluate_rows import held_out_results, read_found, results_of
+from train.evaluate_rows import fingerprint, held_out_results, parts_of_row, read_found, results_of
 from train.kept import Kept
 from train.questions import pose
-from train.results import Evaluation, Result, Target, read_results, write_results
+from train.results import OURS, Evaluation, Result, Target, read_results, write_results
 from train.scoring import confusion, measures
+from train.suite import read_suite
 
 
 def utterance(number: int, text: str, speaker: str, **fields: Any) -> Utterance:
@@ -243,6 +244,16 @@ def test_a_suite_goes_on_where_it_was_stopped(
     other = CliRunner().invoke(app, [*map(str, arguments), "--limit", "2"])
     assert other.exit_code == 2
     assert "was asked with other settings" in other.output
+
+
+def test_baselines_do_not_depend_on_the_weights(suite: Path, manifest: Path) -> None:
+    write_manifest(manifest, UTTERANCES)
+    asked = read_suite(suite)
+    ours, majority = parts_of_row(asked.rows[1], asked, "test", None)
+    assert (ours.system, majority.system) == (OURS, "majority")
+    for part, same in ((ours, False), (majority, True)):
+        prints = {fingerprint(part, asked, weights, "test", None) for weights in ("these", "those")}
+        assert (len(prints) == 1) == same
 
 
 evaluate_settings = evaluate.read_settings

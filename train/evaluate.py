@@ -27,7 +27,7 @@ from train.baseline_system import System
 from train.baselines import make_baseline
 from train.evaluate_compare import compare
 from train.evaluate_report import report, write_report
-from train.evaluate_rows import Found, Part, fingerprint, measure, parts_of_row, read_found
+from train.evaluate_rows import CASCADE, Found, Part, fingerprint, measure, parts_of_row, read_found
 from train.kept import Kept, weights_fingerprint
 from train.loop import progress_bar
 from train.questions import pose
@@ -35,7 +35,6 @@ from train.results import OURS, Evaluation, read_results
 from train.suite import Suite, make_suite, read_suite
 
 KEPT = "rows.jsonl"
-CASCADE = "cascade"  # the baseline that stands on ours
 
 
 def evaluate(
