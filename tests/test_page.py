@@ -67,7 +67,7 @@ def alone(shipped: Checkpoint) -> Answerer:
 @pytest.fixture(scope="module")
 def talk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("talk") / "my talk.wav"
-    path.write_bytes(joined(CLIPS))
+    path.write_bytes(joined((*CLIPS, *CLIPS)))  # longer than can be heard at once
     return path
 
 
@@ -181,7 +181,7 @@ def test_a_file_is_answered(open_page: Open, alone: Answerer) -> None:
 def test_several_questions_at_once(open_page: Open, alone: Answerer) -> None:
     page = open_page()
     offered = page.locator("#tasks label")
-    assert offered.all_inner_texts() == [ASK, GERMAN, "Translate this audio to French"]
+    assert {ASK, GERMAN, "Who speaks when?"} < {*offered.all_inner_texts()}
     page.get_by_label(GERMAN).check()
     page.get_by_role("button", name="Write a question").click()
     page.get_by_label("Question").fill(f"{MARKUP} Who?")

@@ -33,7 +33,7 @@ def test_a_translation_is_another_language(answerer: Answerer) -> None:
     (german,) = answerer.ask([clip], "Translate this audio to German")
     (french,) = answerer.ask([clip], "Translate this audio to French")
     assert isinstance(german, Answer) and isinstance(french, Answer)
-    assert "Frau" in german.text and "Bank" in german.text
+    assert german.text.startswith("Eine Frau sitzt auf")
     assert "femme" in french.text and "banc" in french.text
     assert wer([german.text], [french.text]) > 0.8
 

@@ -193,7 +193,7 @@ def read_found(told: dict[str, Any]) -> Found:
 
 
 def fingerprint(part: Part, suite: Suite, weights: str, split: Split, limit: int | None) -> str:
-    """Of all that a part's results depend on. weights: fingerprint of the checkpoint, which most baselines do not ask."""
+    """Of all that a part's results depend on. weights: the checkpoint's, which most baselines do not ask."""
     told: list[object] = [
         part.key,
         part.row.groups if part.system == OURS else (),
