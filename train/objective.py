@@ -171,7 +171,11 @@ def load_balance(router_logits: Sequence[Tensor], number: int, top_k: int, mask:
     Each layer's own: given all layers at once transformers adds their choices up, and each may then have favourites of
     its own. router_logits and mask as for :func:`router_z`.
     """
-    of_layers = [load_balancing_loss_func((logits,), number, top_k, mask) for logits in router_logits]
+    of_layers: list[Tensor] = []
+    for logits in router_logits:
+        own = load_balancing_loss_func((logits,), number, top_k, mask)
+        assert isinstance(own, Tensor)
+        of_layers.append(own)
     return torch.stack(of_layers).mean()
 
 
