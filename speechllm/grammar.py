@@ -64,7 +64,7 @@ class Grammars:
         vocabulary has none.
         """
         if isinstance(task, Label):
-            return self._labels(tuple(task.answers))
+            return self._labels(tuple(task.answers)) if task.answers else _Readable(self._masks, task)
         if isinstance(task, Timed | VoiceActivity):
             return self._segments(task, seconds)
         # Intents too: names and values are open, and pieces cross the brackets between them.
@@ -131,6 +131,23 @@ class _PlainText(Grammar[None]):
 
     def next(self, state: None, index: int) -> None:
         return None
+
+
+class _Readable(Grammar[tuple[int, ...]]):
+    """Any text that the task reads without faults. A state is the ids so far."""
+
+    start = ()
+
+    def __init__(self, masks: _Masks, task: Task) -> None:
+        self._masks = masks
+        self._task = task
+
+    def allowed(self, state: tuple[int, ...]) -> Tensor:
+        faults = self._task.read((self._masks.text.decode(list(state)),)).faults
+        return self._masks.get(ids=() if faults else (self._masks.vocabulary.end,), any_text=True)
+
+    def next(self, state: tuple[int, ...], index: int) -> tuple[int, ...]:
+        return state if index == self._masks.vocabulary.end else (*state, index)
 
 
 class _Labels(Grammar[int]):

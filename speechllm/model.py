@@ -9,6 +9,7 @@ import speechllm._torchaudio  # noqa: F401  # before transformers, whose models 
 
 # isort: split
 import torch
+import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError
@@ -179,15 +180,29 @@ def choose_attention(
 def keep_apart(lm: PreTrainedModel, position_ids: Tensor) -> dict[str, Any]:
     """What ``lm`` must be called with, beside ``position_ids [B, seq]``, for the sequences of a row not to see others.
 
-    Positions that begin anew are enough for other implementations. FlashAttention is told by them in a batch of one
-    row alone, and reads them anew in each layer; where sequences begin is right for any number of rows. Padding (0) is
-    then a sequence of each position.
+    Positions that begin anew are enough for other implementations, but where sequences have several ends: these are
+    for PyTorch's own attention alone, which takes any mask. FlashAttention is told by positions in a batch of one row
+    alone, and reads them anew in each layer; where sequences begin is right for any number of rows. Padding (0) is then
+    a sequence of each position.
     """
     if lm.config._attn_implementation != FLASH:
-        return {}
+        falls = position_ids[:, 1:] != position_ids[:, :-1] + 1
+        return {"attention_mask": seen(position_ids)} if (falls & (position_ids[:, 1:] > 0)).any() else {}
     (begins, _), (longest, _) = prepare_fa_kwargs_from_position_ids(position_ids)
     most = int(longest)
     return {"cu_seq_lens_q": begins, "cu_seq_lens_k": begins, "max_length_q": most, "max_length_k": most}
+
+
+def seen(position_ids: Tensor) -> Tensor:
+    """Which positions each of ``position_ids [B, seq]`` attends to, bool [B, 1, seq, seq]; see :class:`Batch`."""
+    places = torch.arange(position_ids.shape[1], device=position_ids.device)
+    anew = F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0), value=True)
+    end = torch.where(anew, places, 0).cummax(1).values  # where its end of the sequence begins
+    start = torch.where(position_ids == 0, places, 0).cummax(1).values  # and the sequence
+    shared = position_ids.gather(1, end)
+    start, end, shared = (value[..., None] for value in (start, end, shared))
+    own = (places >= end) & (places <= places[:, None])
+    return (own | ((places >= start) & (places < start + shared)))[:, None]
 
 
 def experts(config: PreTrainedConfig) -> tuple[int, int] | None:

@@ -35,19 +35,22 @@ class Rendered:
     """A sequence for the LM.
 
     ids: int64 [seq]. loss_mask: bool [seq], true on the answer and its end token, and on those of learnt shots.
-    prompt_length: ids before the answer; `ids[:prompt_length]` is what is served.
+    prompt_length: ids before the answer; `ids[:prompt_length]` is what is served. shared: the ids of another sequence
+    that it goes on from, see :func:`further`.
     """
 
     ids: Tensor
     loss_mask: Tensor
     prompt_length: int
+    shared: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Right-padded rows [batch, seq], all int64: labels are unshifted, IGNORE_INDEX off the answer.
 
-    position_ids begin anew with every sequence: where a row holds several, none attends to another.
+    position_ids begin anew with every sequence: where a row holds several, none attends to another. Where they fall
+    back to p > 0, another end of the same sequence begins: it attends to its first p ids, and to itself.
     """
 
     input_ids: Tensor
@@ -86,6 +89,13 @@ def render(
     return Rendered(torch.cat(parts), torch.cat(scored).bool(), prompt_length)
 
 
+def further(rendered: Rendered, shared: int) -> Rendered:
+    """A further question about audio that is heard already: the sequence without its first ``shared`` ids, which it has
+    in common with the one that it is to follow in a row.
+    """
+    return Rendered(rendered.ids[shared:], rendered.loss_mask[shared:], rendered.prompt_length - shared, shared)
+
+
 def labels(rendered: Rendered) -> Tensor:
     """Ids [seq] with IGNORE_INDEX where there is no loss; unshifted."""
     return rendered.ids.masked_fill(~rendered.loss_mask, IGNORE_INDEX)
@@ -120,7 +130,7 @@ def collate(rows: Sequence[Sequence[Rendered]], pad_id: int, max_len: int | None
             batch.input_ids[number, place] = sequence.ids
             batch.labels[number, place] = labels(sequence)
             batch.attention_mask[number, place] = 1
-            batch.position_ids[number, place] = torch.arange(len(sequence.ids))
+            batch.position_ids[number, place] = torch.arange(len(sequence.ids)) + sequence.shared
             start = place.stop
     return batch
 

@@ -20,7 +20,7 @@ from transformers.utils import is_flash_attn_2_available
 from speechllm.data.mixture import pack
 from speechllm.errors import InputError
 from speechllm.model import FLASH, ModelConfig, choose_attention, keep_apart, load_model, make_model
-from speechllm.prompt import Batch, Rendered, collate
+from speechllm.prompt import Batch, Rendered, collate, further
 from train.engine import start_engine
 from train.pretrain_config import Pretraining
 from train.state import Layout, RunState
@@ -93,6 +93,26 @@ def test_models_made_and_loaded_on_a_cpu_have_sdpa(lm: PreTrainedModel, tmp_path
     for model in (lm, load_model(tmp_path)):
         assert model.config._attn_implementation == "sdpa"
         assert keep_apart(model, batch_of(30).position_ids) == {}
+
+
+def test_several_ends_of_a_sequence_see_its_beginning_and_themselves(lm: PreTrainedModel) -> None:
+    """What each end is told is what it would be told alone."""
+    ids = torch.arange(30) * 7 % PAD
+    begun, ends, other = ids[:6], (ids[6:11], ids[11:13], ids[13:20]), ids[20:]
+    parts = [Rendered(torch.cat([begun, end]), torch.ones(6 + len(end)).bool(), 0) for end in ends]
+    alone = Rendered(other, torch.ones(len(other)).bool(), 0)
+    row = [parts[0], *(further(part, 6) for part in parts[1:]), alone]
+    batch = collate([row, [alone]], PAD)
+    assert batch.position_ids[0].tolist() == [*range(11), 6, 7, *range(6, 13), *range(10)]
+    states = lm.base_model(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, **keep_apart(lm, batch.position_ids)
+    )[0]
+    found = states[0].split([6, 5, 2, 7, 10])
+    for end, state in zip(ends, found[1:4], strict=True):
+        expected = lm.base_model(input_ids=torch.cat([begun, end])[None])[0][0]
+        assert torch.allclose(torch.cat([found[0], state]), expected, atol=1e-4)
+    expected = lm.base_model(input_ids=other[None])[0][0]
+    assert torch.allclose(found[4], expected, atol=1e-4) and torch.allclose(states[1, :10], expected, atol=1e-4)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it may be had here")

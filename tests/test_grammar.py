@@ -30,7 +30,7 @@ END = VOCABULARY.end
 WORD, SPACE = TEXT.encode("a")[0], TEXT.encode(" ")[-1]
 TIMED = [task for task in TASKS.values() if isinstance(task, Timed)]
 MARKED = [task for task in TASKS.values() if task.marks]
-LABELLED = [task for task in TASKS.values() if isinstance(task, Label)]
+LABELLED = [task for task in TASKS.values() if isinstance(task, Label) and task.answers]
 PLAIN = [None, *(task for task in TASKS.values() if not task.marks and not isinstance(task, Label))]
 
 
@@ -102,6 +102,23 @@ def test_plain_text_is_any_text_that_may_be_said(task: Task | None) -> None:
     assert set(ids_of(mask)) == said | {END}
     assert grammar.allowed(grammar.next(grammar.start, WORD)) is mask
     assert accepts(grammar, written("Two dogs: 3 \u5b57 \U0001f600 <unk>"))
+
+
+def test_an_open_answer_ends_once_it_can_be_read() -> None:
+    task = TASKS["spoken_word"]
+    grammar = GRAMMARS.of(task, seconds=2.0)
+    for answer, whole in (
+        ("two dogs: yes", True),
+        ("no", True),
+        ("two dogs:", False),
+        ("", False),
+        ("yes: dogs", False),
+    ):
+        ids = written(answer)
+        assert accepts(grammar, ids[:-1]) and accepts(grammar, ids) == whole
+        assert bool(task.read((answer,)).faults) != whole
+    mask = grammar.allowed(grammar.start)
+    assert set(ids_of(mask)) == set(range(TEXT.size)) - set(TEXT.hidden_ids)
 
 
 @pytest.mark.parametrize("task", LABELLED, ids=lambda task: task.name)

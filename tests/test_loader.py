@@ -113,7 +113,7 @@ def batch_of(example_ids: list[list[int]], tasks: str, seconds: float, audio_sec
     kept = (examples >= 0).long()
     drawn = tuple(Draw(task, 0) for task in tasks)
     lm = Batch(kept, kept, kept, kept)
-    return TrainingBatch(lm, examples, kept, *[nothing] * 4, drawn, audio_seconds, seconds)
+    return TrainingBatch(lm, examples, kept, *[nothing] * 4, tuple(tasks), drawn, audio_seconds, seconds)
 
 
 def test_the_meter_counts_as_by_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

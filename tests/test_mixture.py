@@ -217,6 +217,27 @@ def test_tasks_on_text_hear_nothing(rows: Dataset) -> None:
         ]
 
 
+def test_further_questions_go_on_from_the_audio(rows: Dataset) -> None:
+    """With its codes as they were hidden for the first."""
+    mixture = make(rows, "transcribe", "translate_de", noise=CodeNoise(0.3, 0.3))
+    draws = [replace(draw, also=("translate_de",)) for draw in draws_of(mixture, "transcribe", "dogs")]
+    batch = mixture.batch(draws, 1, Random(0))
+    assert (batch.tasks, batch.draws) == (("transcribe", "translate_de"), tuple(draws))
+    assert mixture.named(batch.draws) == "dogs (transcribe, translate_de)"
+    ids, positions, owners = (t[0].tolist() for t in (batch.lm.input_ids, batch.lm.position_ids, batch.example_ids))
+    assert sum(index == PLAIN.audio_begin for index in ids) == 1
+    heard, first = 12 + 2, owners.index(1)
+    assert positions == [*range(first), *range(heard, heard + len(ids) - first)]
+    assert owners == [0] * first + [1] * (len(ids) - first)
+    asked = ids[first : ids.index(PLAIN.answer, first)]
+    assert TEXT.decode(asked) in TASKS["translate_de"].wordings
+    answer = [*TEXT.encode("Zwei Hunde rennen."), PLAIN.end]
+    assert ids[-len(answer) :] == answer
+    assert batch.lm.labels[0, first:].tolist() == [IGNORE_INDEX] * (len(ids) - first - len(answer)) + answer
+    assert batch.audio_mask[0].tolist() == [False] + [True] * 13 + [False] * (len(ids) - 14)
+    assert batch.audio_lengths.tolist() == [13]
+
+
 @pytest.mark.parametrize("row_length", [1, 40, 1000])
 @pytest.mark.parametrize(
     ("vocabulary", "dogs", "boy", "silence"),

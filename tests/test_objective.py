@@ -176,6 +176,24 @@ def test_each_answer_id_counts_for_its_task(lm: PreTrainedModel, mixture: Mixtur
     assert torch.equal(weighed["answer"], losses["answer"])
 
 
+@pytest.mark.parametrize("row_length", [1, 1000])
+def test_further_questions_cost_what_they_would_alone(lm: PreTrainedModel, mixture: Mixture, row_length: int) -> None:
+    """The losses are those of a sequence each, and a clip that is heard once counts once for CTC."""
+    draws = [Draw("transcribe", 0, ("translate_de",)), Draw("translate_text_de", 1), Draw("transcribe", 2)]
+    shared, apart = mixture.batch(draws, row_length, First()), mixed(mixture, row_length)
+    assert sorted(shared.tasks) == sorted(apart.tasks) and len(shared.draws) == 3
+    assert len(shared.audio_lengths) == 3 < len(apart.audio_lengths)
+    assert (
+        shared.lm.attention_mask.sum()
+        == apart.lm.attention_mask.sum() - len(VOCABULARY.audio_ids(torch.zeros(1, 40).long())) - 2
+    )
+    found, expected = make(lm)(shared), make(lm)(apart)
+    assert torch.allclose(found["tasks"], expected["tasks"], rtol=1e-4)
+    assert found["answer"].item() == pytest.approx(expected["answer"].item(), rel=1e-4)
+    once = mixture.batch([replace(draw, also=()) for draw in draws], row_length, First())
+    assert found["ctc"].item() == pytest.approx(make(lm)(once)["ctc"].item(), rel=1e-4)
+
+
 def test_pcgrad_projects_the_gradients_of_a_language_model(lm: PreTrainedModel, mixture: Mixture) -> None:
     """Two tasks on one clip, which are at odds once what they have in common is learnt."""
     batch = mixture.batch([Draw("transcribe", 0), Draw("translate_de", 0)], 1000, First())

@@ -12,7 +12,7 @@ from speechllm.data.schedule import Schedule
 
 
 def test_replay_has_its_share() -> None:
-    pools = [Pool(np.arange(n, n + 40), np.full(40, 50.0)) for n in (0, 40, 80)]
+    pools = [Pool(np.arange(n, n + 40), np.full(40, 50.0), np.full(40, np.inf)) for n in (0, 40, 80)]
     own = Schedule({"transcribe": {"mine": pools[0]}}, {"transcribe": 1.0}, 800.0, seed=1)
     old = {"transcribe": {"old": pools[1]}, "emotion": {"old": pools[1], "older": pools[2]}}
     for share in (0.0, 0.25):

@@ -16,7 +16,11 @@ from speechllm.data.schedule import WINDOW, Pools, Schedule
 
 def pool(size: int, first_row: int = 0, low: float = 50.0, high: float = 150.0) -> Pool:
     """Recordings in rows one after another, evenly from the shortest to the longest."""
-    return Pool(np.arange(first_row, first_row + size), np.linspace(low, high, size))
+    return pool_of(first_row, np.linspace(low, high, size))
+
+
+def pool_of(first_row: int, lengths: np.ndarray, further: float = np.inf) -> Pool:
+    return Pool(np.arange(first_row, first_row + len(lengths)), lengths, np.full(len(lengths), further))
 
 
 POOLS: Pools = {
@@ -178,9 +182,42 @@ def test_batches_are_of_like_size(batch_tokens: float) -> None:
 
 @pytest.mark.parametrize("known", [[10.0] * 19 + [5000.0], [10.0] * 15 + [400.0] * 5])
 def test_recordings_longer_than_a_batch(known: list[float]) -> None:
-    pools = {"a": {"x": Pool(np.arange(20), np.array(known))}}
+    pools = {"a": {"x": pool_of(0, np.array(known))}}
     steps = plan(make(pools, {"a": 1.0}, 250.0, lanes=2), range(2 * WINDOW))
     assert all(draws for lanes in steps for draws in lanes), "every lane has something to do"
+
+
+def test_what_is_heard_is_asked_about_further() -> None:
+    """Within a corpus by the tasks' shares, up to always; where a row has an answer; nothing where nothing is heard."""
+    sizes = np.linspace(50, 150, 60)
+    pools = {
+        "often": {"x": pool_of(0, sizes, 20.0), "y": pool_of(100, sizes, 20.0)},
+        "seldom": {"x": pool_of(0, sizes, 10.0)},
+        "half": {"x": pool_of(0, sizes[:30], 30.0), "y": pool_of(100, sizes, 30.0)},
+        "read": {"x": pool_of(0, sizes)},
+    }
+    weights = {"often": 6.0, "seldom": 1.0, "half": 2.0, "read": 1.0}
+    assert not any(draw.also for draw in flat(plan(make(pools, weights), range(WINDOW))))
+    schedule = make(pools, weights, 2000.0, temperature=1e9, questions=3)
+    chances = schedule.chances(0)
+    steps = plan(schedule, range(4 * WINDOW))
+    draws = flat(steps)
+    for task, names in pools.items():
+        assert not any(task in draw.also for draw in draws if draw.task == task)
+        for corpus in names:
+            rows = range(100) if corpus == "x" else range(100, 200)
+            here = [draw for draw in draws if draw.task == task and draw.row in rows]
+            shares = {other: chances.get((other, corpus), 0.0) for other in ("often", "seldom", "half")}
+            for other, share in shares.items():
+                able = [draw for draw in here if draw.row < 30 or draw.row >= 100 or other != "half"]
+                wanted = min(1, 2 * share / sum(shares.values())) if task not in (other, "read") else 0.0
+                found = sum(other in draw.also for draw in able) / len(able)
+                assert found == pytest.approx(wanted, abs=0.06)
+            assert not any("half" in draw.also for draw in here if 30 <= draw.row < 100)
+    cost = {"often": 20, "seldom": 10, "half": 30}
+    leads = lengths([replace(draw, also=()) for draw in draws], pools)
+    total = sum(leads) + sum(cost[task] for draw in draws for task in draw.also)
+    assert total / len(steps) == pytest.approx(2000, rel=0.05)
 
 
 def test_short_recordings_come_first() -> None:

@@ -177,7 +177,8 @@ def test_questions_with_a_gap_are_asked_both_ways() -> None:
             (answer,) = asked[1]
             label = task.read(asked[1]).label
             assert label == ("yes" if about in own else "no")
-            assert answer == (f"angry: {label}" if name == "is_emotion" else label)
+            assert answer == f"{'angry' if name == 'is_emotion' else 'two dogs run'}: {label}"
+            assert task.read((f"{label}.",)).label == label and task.read((f"{label} and more",)).faults
             seen.add((about, label))
             assert asked[0].replace(str(about), "{}") in task.wordings
         assert seen == {(a, "yes") for a in own} | {(a, "no") for a in theirs}

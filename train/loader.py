@@ -140,9 +140,9 @@ class Meter:
         if self.flops:
             lengths = torch.bincount(batch.example_ids[batch.example_ids >= 0])
             add(self._amounts, {"least": self.flops.least_seconds(lengths)})
-        add(self._own_drawn, Counter(batch.tasks))
+        add(self._own_drawn, Counter(draw.task for draw in batch.draws))
         shares = self.schedule.shares(step)
-        add(self._own_asked, {task: share * len(batch.tasks) for task, share in shares.items()})
+        add(self._own_asked, {task: share * len(batch.draws) for task, share in shares.items()})
 
     def read(self) -> dict[str, float]:
         """Mean losses; ``tokens_per_second`` (padding not counted) and ``audio_hours_per_hour``, both of all ranks
@@ -166,7 +166,10 @@ class Meter:
         return values | self.experts.read()
 
     def plot(self, out: Path) -> None:
-        """``shares.json`` and ``shares.png``: the share of each task in the examples, asked and realised."""
+        """``shares.json`` and ``shares.png``: the share of each task in what is drawn, asked and realised.
+
+        Further questions about what is drawn are not among them.
+        """
         self._share()
         if not self._drawn or (distributed.is_initialized() and distributed.get_rank()):  # a finished run was resumed
             return

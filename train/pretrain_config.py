@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from speechllm.data.schedule import WINDOW
-from speechllm.model import ModelConfig
+from speechllm.model import SDPA, ModelConfig
 from speechllm.tasks import TRAINABLE
 from speechllm.vocabulary import Vocabulary
 from train.balance import BalanceSettings, FixedSettings, PlainSettings
@@ -41,6 +41,9 @@ class Pretraining(Training):
     max_audio_seconds: float = Field(12.0, gt=0)
     max_answer_tokens: int = Field(96, gt=0)
 
+    questions: int = Field(
+        1, ge=1, description="asked of a recording that is heard once for all of them, at most about"
+    )
     short_first: int = Field(1000, ge=0, description="steps over which utterances of growing length come in")
     balance: BalanceSettings = Field(PlainSettings(), description="how the losses of the tasks are weighed")
     audio_weight: float = Field(0.0, ge=0, description="of the loss on the audio ids")
@@ -81,6 +84,15 @@ class Pretraining(Training):
             raise ValueError(
                 "balance: pcgrad holds whole gradients of each task on each rank: it needs zero_stage 0 or 1, not "
                 f"{self.zero_stage}, and expert_parallel = 1, not {self.expert_parallel}; or choose another method"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _attention_takes_a_mask(self) -> Pretraining:
+        if self.questions > 1 and self.attn_implementation not in (None, SDPA):
+            raise ValueError(
+                f"questions: several about one recording need attn_implementation: {SDPA}, "
+                f"not {self.attn_implementation}; or ask one"
             )
         return self
 

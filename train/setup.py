@@ -120,4 +120,5 @@ def make_schedule(config: Pretraining, mixture: Mixture, world: int) -> Schedule
         own,
         config.curriculum,
         config.short_first,
+        config.questions,
     )

@@ -16,8 +16,8 @@ from speechllm.data.code_noise import CodeNoise
 from speechllm.data.encoded import row_codes, row_facts
 from speechllm.data.episodes import EXCERPT, NAMED, Turn, excerpt, label_turns, transcript_turns
 from speechllm.data.pools import find_pools
-from speechllm.prompt import Batch, Example, Rendered, collate, render
-from speechllm.tasks import TRAINABLE, TRAITS, Facts, FewShot, FewShotLabel, Task
+from speechllm.prompt import Batch, Example, Rendered, collate, further, render
+from speechllm.tasks import TRAINABLE, TRAITS, Facts, FewShot, FewShotLabel, Parts, Task
 from speechllm.tasks.labels import NumberOfSpeakers
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
@@ -25,34 +25,32 @@ from speechllm.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Draw:
-    """An utterance, by its row, and the task it is to teach."""
+    """An utterance, by its row, and the task it is to teach; and those that it teaches also, heard once for all."""
 
     task: str
     row: int
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingBatch:
     """A batch for the LM, and the transcripts for CTC on the audio positions of its clips, row by row.
 
-    An example has a clip, or as many more as it has shots.
+    An example is a question and its answer. It has a clip, or as many more as it has shots; or none of its own, where
+    it is a further question about that of another.
     """
 
     lm: Batch
-    example_ids: Tensor  # int64 [B, seq]: the example a position belongs to, in the order of ``draws``; -1 on padding
+    example_ids: Tensor  # int64 [B, seq]: the example a position belongs to; -1 on padding
     audio_mask: Tensor  # bool [B, seq]: the audio ids and the end-of-audio id
     audio_lengths: Tensor  # int64 [clips]: how many of them are a clip's
     transcripts: Tensor  # int64 [clips, pieces], text ids padded with 0
     transcript_lengths: Tensor  # int64 [clips]; 0 where there is no transcript
     traits: Tensor  # int64 [clips, traits]: what is heard of TRAITS, as places of their labels; -1 where not known
-    draws: tuple[Draw, ...]  # [examples]
+    tasks: tuple[str, ...]  # [examples]
+    draws: tuple[Draw, ...]  # of the examples that are no further ones
     audio_seconds: float  # that its examples hear
     seconds: float  # that making the batch took
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Of each example."""
-        return tuple(draw.task for draw in self.draws)
 
     def to(self, device: torch.device) -> TrainingBatch:
         """The same batch on ``device``."""
@@ -96,7 +94,7 @@ class Mixture:
 
     def named(self, draws: Sequence[Draw]) -> str:
         """The utterances and tasks drawn, for messages."""
-        return ", ".join(f"{self.rows[draw.row]['id']} ({draw.task})" for draw in draws)
+        return ", ".join(f"{self.rows[draw.row]['id']} ({', '.join((draw.task, *draw.also))})" for draw in draws)
 
     def facts(self, row: int) -> Facts:
         """What is known about the recording of a row."""
@@ -113,11 +111,14 @@ class Mixture:
             return label_turns(self._kin[task.name], draw.row, self._words, rng, asked, named)
         if isinstance(task, FewShot):
             return transcript_turns(self._kin[task.name], draw.row, self.facts, rng, wordings or task.wordings)
-        corpus = self._names[int(np.searchsorted(self._ends, draw.row, "right"))]
-        alike = self.pools[draw.task][corpus].rows
-        posed = task.pose(self.facts(draw.row), rng, wordings, lambda: self.facts(int(rng.choice(alike))))
-        assert posed is not None, f"row {draw.row} has no answer for {draw.task}"
-        return [Turn(draw.row, *posed)]
+        return [Turn(draw.row, *self._posed(task, draw.row, rng, wordings))]
+
+    def _posed(self, task: Task, row: int, rng: Random, wordings: tuple[str, ...] | None = None) -> tuple[str, Parts]:
+        corpus = self._names[int(np.searchsorted(self._ends, row, "right"))]
+        alike = self.pools[task.name][corpus].rows
+        posed = task.pose(self.facts(row), rng, wordings, lambda: self.facts(int(rng.choice(alike))))
+        assert posed is not None, f"row {row} has no answer for {task.name}"
+        return posed
 
     def example(self, turn: Turn, task: Task, rng: Random) -> Example:
         """The utterance of a turn, what is asked about it and the answer."""
@@ -143,13 +144,15 @@ class Mixture:
         """The draws as sequences packed into rows of up to ``row_length`` ids (or the longest sequence, if longer)."""
         begun = perf_counter()
         clips = [self._clips(draw, rng) for draw in draws]
-        rendered = [self._render(own) for own in clips]
-        rows = pack([len(sequence.ids) for sequence in rendered], row_length)
+        rendered = [
+            [self._render(own), *self._further(draw, own[-1][1], rng)] for draw, own in zip(draws, clips, strict=True)
+        ]
+        rows = pack([sum(len(part.ids) for part in parts) for parts in rendered], row_length)
         order = [index for row in rows for index in row]
-        lm = collate([[rendered[index] for index in row] for row in rows], self.vocabulary.pad)
+        lm = collate([[part for index in row for part in rendered[index]] for row in rows], self.vocabulary.pad)
         example_ids = torch.full_like(lm.input_ids, -1)
-        lengths = torch.tensor([len(rendered[index].ids) for index in order])
-        example_ids[lm.attention_mask.bool()] = torch.arange(len(order)).repeat_interleave(lengths)
+        lengths = torch.tensor([len(part.ids) for index in order for part in rendered[index]])
+        example_ids[lm.attention_mask.bool()] = torch.arange(len(lengths)).repeat_interleave(lengths)
         heard = [clip for index in order for clip in clips[index]]
         facts = [self.facts(turn.row) for turn, _ in heard]
         texts = [self._transcript(f, *clip) for f, clip in zip(facts, heard, strict=True)]
@@ -162,6 +165,7 @@ class Mixture:
             transcripts=torch.nn.utils.rnn.pad_sequence(transcripts, batch_first=True),
             transcript_lengths=torch.tensor([len(t) for t in transcripts]),
             traits=torch.tensor([self._traits(f, *clip) for f, clip in zip(facts, heard, strict=True)]),
+            tasks=tuple(task for index in order for task in (draws[index].task, *draws[index].also)),
             draws=tuple(draws[index] for index in order),
             audio_seconds=sum(self._seconds(f, *clip) for f, clip in zip(facts, heard, strict=True)),
             seconds=perf_counter() - begun,
@@ -174,6 +178,15 @@ class Mixture:
     def _render(self, clips: Sequence[tuple[Turn, Example]]) -> Rendered:
         *shots, last = (example for _, example in clips)
         return render(last, self.vocabulary, self.text, shots, [turn.learnt for turn, _ in clips[:-1]])
+
+    def _further(self, draw: Draw, heard: Example, rng: Random) -> list[Rendered]:
+        """What else the draw teaches by the audio of ``heard``."""
+        found = []
+        for task in draw.also:
+            instruction, answer = self._posed(TRAINABLE[task], draw.row, rng)
+            example = replace(heard, instruction=instruction, answer=answer, task=task)
+            found.append(further(render(example, self.vocabulary, self.text), 1 + self._heard(heard)))
+        return found
 
     def _heard(self, example: Example) -> int:
         """Ids of the audio, and that of its end."""

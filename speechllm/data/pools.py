@@ -31,6 +31,9 @@ class Pool:
 
     rows: np.ndarray  # int64 [recordings]
     lengths: np.ndarray  # float [recordings]: ids of their sequences, about
+    further: (
+        np.ndarray
+    )  # float [recordings]: ids that are added where the audio is there already; inf where it cannot be
 
 
 Pools = Mapping[str, Mapping[str, Pool]]  # task -> corpus -> recordings
@@ -52,6 +55,7 @@ def find_pools(
             {
                 "tasks": Values(Value("int64")),
                 "lengths": Values(Value("float64")),
+                "further": Values(Value("float64")),
                 "keys": Values(Values(Value("string"))),
             }
         ),
@@ -61,10 +65,10 @@ def find_pools(
         ),
         desc="tasks of each recording",
     )
-    found: list[list[tuple[int, float, list[str]]]] = [[] for _ in tasks]
-    for row, parts in enumerate(zip(told["tasks"], told["lengths"], told["keys"], strict=True)):
-        for place, length, keys in zip(*parts, strict=True):
-            found[place].append((row, length, keys))
+    found: list[list[tuple[int, float, float, list[str]]]] = [[] for _ in tasks]
+    for row, parts in enumerate(zip(told["tasks"], told["lengths"], told["further"], told["keys"], strict=True)):
+        for place, *known in zip(*parts, strict=True):
+            found[place].append((row, *known))
     corpora, ends = np.array([*sizes]), np.cumsum([*sizes.values()])
     pools: dict[str, dict[str, Pool]] = {}
     kin: dict[str, Kin] = {}
@@ -72,33 +76,33 @@ def find_pools(
         task = TRAINABLE[name]
         if isinstance(task, FewShot):
             corpus_of = corpora[np.searchsorted(ends, [row for row, *_ in able], "right")].tolist()
-            rows_of, ids, keys_of = zip(*able, strict=True) if able else ((), (), ())
+            rows_of, ids, _, keys_of = zip(*able, strict=True) if able else ((), (), (), ())
             own = kin[name] = Kin(task, rows_of, corpus_of, keys_of, ids)
-            able = [(row, length * (1 + own.shots(row)), keys) for row, length, keys in able if row in own.own]
+            able = [(row, ids * (1 + own.shots(row)), *rest) for row, ids, *rest in able if row in own.own]
         cuts = np.searchsorted([row for row, *_ in able], ends[:-1])
-        split = zip(
-            np.split(np.array([row for row, *_ in able], int), cuts),
-            np.split(np.array([length for _, length, _ in able]), cuts),
-            strict=True,
-        )
-        for corpus, (places, lengths) in zip(sizes, split, strict=True):
+        rows_of = np.array([row for row, *_ in able], int)
+        lengths_of, further_of = (np.array([known[n] for known in able], float) for n in (1, 2))
+        split = zip(*(np.split(known, cuts) for known in (rows_of, lengths_of, further_of)), strict=True)
+        for corpus, (places, lengths, further) in zip(sizes, split, strict=True):
             if len(places):
                 order = np.argsort(lengths, kind="stable")
-                pools.setdefault(name, {})[corpus] = Pool(places[order], lengths[order])
+                pools.setdefault(name, {})[corpus] = Pool(places[order], lengths[order], further[order])
     return pools, kin
 
 
 def describe(row: dict, tasks: Sequence[str], vocabulary: Vocabulary, max_seconds: float) -> dict:
     """What planning needs of a row: ``tasks`` it can teach (by place), ids of their sequences, about (of a turn, for
-    those with shots), and ``keys``: for tasks with shots what it may share with other rows.
+    those with shots), and of a ``further`` question alone; and ``keys``: for tasks with shots what it may share with
+    other rows.
     """
     facts = row_facts(row)
-    told: dict[str, list] = {"tasks": [], "lengths": [], "keys": []}
+    told: dict[str, list] = {"tasks": [], "lengths": [], "further": [], "keys": []}
     if facts.duration > max_seconds:
         return told
     heard = len(vocabulary.audio_ids(row_codes(row, vocabulary.n_q)))
     for place, task in enumerate(TRAINABLE[name] for name in tasks):
         keys: list[str] = []
+        further = float("inf")
         if isinstance(task, FewShot):
             keys = sorted(filter(None, task.keys(facts, None if is_varied(row) else row["speaker"])))
             if is_varied(row) and not isinstance(task, FewShotLabel):
@@ -107,8 +111,9 @@ def describe(row: dict, tasks: Sequence[str], vocabulary: Vocabulary, max_second
         else:
             asked = task.pose(facts, Random(0))
             length = size(*asked) + heard * task.listens if asked and writable(asked[1], vocabulary) else None
+            further = length - heard if length and task.listens else further
         if length is not None:
-            for name, value in (("tasks", place), ("lengths", length), ("keys", keys)):
+            for name, value in (("tasks", place), ("lengths", length), ("further", further), ("keys", keys)):
                 told[name].append(value)
     return told
 

@@ -2,7 +2,8 @@
 
 Tasks are drawn with p ∝ weight · n^(1/T) among those that have entered, n being the recordings that have an answer for
 the task; within a task, corpora likewise (temperature sampling, Arivazhagan et al. 2019). Within a corpus every
-recording comes once before any comes again.
+recording comes once before any comes again. What is heard may be asked about further: that costs the ids of a question
+and its answer, and the audio, which is most of a sequence, is computed once for all.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class Schedule:
     task_corpora: task -> the corpora that teach it and their weights, for tasks that not all are to teach. enters: task
     -> the step from which it is drawn, 0 where not given; it counts from the next window of ``WINDOW`` steps.
     temperature: T. batch_tokens: ids of a micro batch, about. short: steps over which longer utterances come in;
-    until then recordings may come again early. lanes: micro batches of a step, of all ranks together.
+    until then recordings may come again early. lanes: micro batches of a step, of all ranks together. questions: asked
+    of a recording that is heard, at most about: each other task is added with a chance of ``questions - 1`` times its
+    share of the corpus, 1 at most, so that within a corpus tasks keep about the shares they are drawn with.
     """
 
     pools: Pools
@@ -50,6 +53,7 @@ class Schedule:
     task_corpora: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     enters: Mapping[str, int] = field(default_factory=dict)
     short: int = 0
+    questions: int = 1
 
     def __post_init__(self) -> None:
         self.pools = {
@@ -60,6 +64,8 @@ class Schedule:
         self._drawn: dict[str, int] = {}  # "task/corpus" -> recordings drawn in the windows before it
         self._orders: dict[str, tuple[int, np.ndarray]] = {}
         self._starts: dict[int, dict[str, int]] = {}
+        self._further = self._find_further() if self.questions > 1 else {}
+        self._added: dict[tuple[str, str, int], np.ndarray] = {}  # what _mean_added found
 
     def shares(self, step: int) -> dict[str, float]:
         """Task -> its probability at ``step``."""
@@ -111,7 +117,13 @@ class Schedule:
         planned = self.chances(step)
         pools, chances = [*planned], np.array([*planned.values()])
         lengths_of = [self.pools[task][corpus].lengths[: self._size(task, corpus, step)] for task, corpus in pools]
-        mean = float(chances @ [lengths.mean() for lengths in lengths_of])
+        added = self._chances_added(planned)  # [pools, tasks]
+        means = [lengths.mean() for lengths in lengths_of]
+        if self.questions > 1:
+            means = [
+                m + more @ self._mean_added(*pool, step) for m, more, pool in zip(means, added, pools, strict=True)
+            ]
+        mean = float(chances @ means)
         drawn = rng.choice(len(pools), max(batches, round(batches * self.batch_tokens / mean)), p=chances)  # [draws]
         rows, lengths = np.empty_like(drawn), np.empty(len(drawn))
         for number, (task, corpus) in enumerate(pools):
@@ -119,6 +131,13 @@ class Schedule:
             places = self._next(task, corpus, int(here.sum()), step, rng)
             rows[here] = self.pools[task][corpus].rows[places]
             lengths[here] = lengths_of[number][places]
+        also: list[tuple[str, ...]] = [()] * len(drawn)
+        if self.questions > 1:
+            ids = np.stack([further[rows] for further in self._further.values()], 1)  # [draws, tasks]
+            asked = (rng.random(ids.shape) < added[drawn]) & np.isfinite(ids)
+            lengths += np.where(asked, ids, 0).sum(1)
+            names = np.array([*self._further])
+            also = [tuple(names[more].tolist()) for more in asked]
         order = np.argsort(lengths, kind="stable")
         ends = np.cumsum(lengths[order])
         # each batch begins where its share of all ids does, and has one example at least
@@ -129,11 +148,44 @@ class Schedule:
         parts = np.split(order, cuts)
         return [
             [
-                [Draw(pools[n][0], row) for n, row in zip(drawn[part].tolist(), rows[part].tolist(), strict=True)]
+                [Draw(pools[drawn[n]][0], int(rows[n]), also[n]) for n in part.tolist()]
                 for part in (parts[place * self.lanes + lane] for lane in lanes)
             ]
             for place in rng.permutation(WINDOW).tolist()
         ]
+
+    def _find_further(self) -> dict[str, np.ndarray]:
+        """Task -> ids [rows] of a further question about each recording, inf where it cannot be asked."""
+        every = [pool for pools in self.pools.values() for pool in pools.values()]
+        rows = 1 + max(int(pool.rows.max()) for pool in every)
+        found: dict[str, np.ndarray] = {}
+        for task, pools in self.pools.items():
+            ids = np.full(rows, np.inf)
+            for pool in pools.values():
+                ids[pool.rows] = pool.further
+            if np.isfinite(ids).any():
+                found[task] = ids
+        return found
+
+    def _chances_added(self, planned: Mapping[tuple[str, str], float]) -> np.ndarray:
+        """[pools, tasks]: chance that a task is asked further of what is drawn from a pool."""
+        tasks = [*self._further]
+        chances = np.zeros((len(planned), len(tasks)))
+        for number, (task, corpus) in enumerate(planned):
+            if task in self._further:
+                own = np.array([planned.get((other, corpus), 0.0) for other in tasks])
+                chances[number] = np.minimum(1, (self.questions - 1) * own / own.sum())
+                chances[number, tasks.index(task)] = 0
+        return chances
+
+    def _mean_added(self, task: str, corpus: str, step: int) -> np.ndarray:
+        """[tasks]: ids that a task adds where it is asked further, the mean over a pool; 0 where it cannot be."""
+        size = self._size(task, corpus, step)
+        if (task, corpus, size) not in self._added:
+            rows = self.pools[task][corpus].rows[:size]
+            ids = np.stack([further[rows] for further in self._further.values()], 1)
+            self._added[task, corpus, size] = np.where(np.isfinite(ids), ids, 0).mean(0)
+        return self._added[task, corpus, size]
 
     def _corpora(self, task: str) -> dict[str, float]:
         pools = self.pools[task]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from speechllm.metrics import normalize_text
@@ -59,7 +59,7 @@ class Label(Task):
 
     @property
     def answers(self) -> dict[str, str]:
-        """All that may be written, and the label that each tells. A label by itself is read too."""
+        """All that may be written, and the label that each tells; none where it is open. A label alone is read too."""
         return {label: label for label in self.labels}
 
     def read(self, parts: Parts) -> ParsedAnswer:
@@ -190,7 +190,24 @@ class IsEmotion(YesNo):
 
 @dataclass(frozen=True)
 class SpokenWord(YesNo):
+    """All that is heard is told before the answer: ``left: no``. As for :class:`IsEmotion` the answer then follows from
+    reading, and the hearing is that of transcribing.
+    """
+
     SHORTEST = 3  # letters of a word that is asked about
+
+    @property
+    def answers(self) -> dict[str, str]:
+        return {}
+
+    def write(self, facts: Facts, argument: str = "") -> Parts | None:
+        own = self.of(facts)
+        if own is None:
+            return None
+        return (": ".join(filter(None, (normalize_text(facts.text or ""), YES if argument in own else NO))),)
+
+    def read(self, parts: Parts) -> ParsedAnswer:
+        return replace(super().read((words_of(parts).rpartition(":")[2],)), text=words_of(parts))
 
     def of(self, facts: Facts) -> frozenset[str] | None:
         if facts.text is None:
