@@ -177,24 +177,30 @@ def choose_attention(
     return wanted or (SDPA if missing else FLASH)
 
 
-def keep_apart(lm: PreTrainedModel, position_ids: Tensor) -> dict[str, Any]:
+def keep_apart(lm: PreTrainedModel, position_ids: Tensor, several_ends: bool = False) -> dict[str, Any]:
     """What ``lm`` must be called with, beside ``position_ids [B, seq]``, for the sequences of a row not to see others.
 
-    Positions that begin anew are enough for other implementations, but where sequences have several ends: these are
-    for PyTorch's own attention alone, which takes any mask. FlashAttention is told by positions in a batch of one row
-    alone, and reads them anew in each layer; where sequences begin is right for any number of rows. Padding (0) is then
-    a sequence of each position.
+    FlashAttention is told by positions in a batch of one row alone, and reads them anew in each layer; where sequences
+    begin is right for any number of rows. Padding (0) is then a sequence of each position. For other implementations
+    positions that begin anew are enough.
+
+    several_ends: of one sequence, see :class:`speechllm.prompt.Batch`; only PyTorch's own attention can do that, told
+    by a mask.
     """
+    if several_ends:
+        assert lm.config._attn_implementation == SDPA, "several ends of a sequence need a mask"
+        return {"attention_mask": seen(position_ids)}
     if lm.config._attn_implementation != FLASH:
-        falls = position_ids[:, 1:] != position_ids[:, :-1] + 1
-        return {"attention_mask": seen(position_ids)} if (falls & (position_ids[:, 1:] > 0)).any() else {}
+        return {}
     (begins, _), (longest, _) = prepare_fa_kwargs_from_position_ids(position_ids)
     most = int(longest)
     return {"cu_seq_lens_q": begins, "cu_seq_lens_k": begins, "max_length_q": most, "max_length_k": most}
 
 
 def seen(position_ids: Tensor) -> Tensor:
-    """Which positions each of ``position_ids [B, seq]`` attends to, bool [B, 1, seq, seq]; see :class:`Batch`."""
+    """Which positions each of ``position_ids [B, seq]`` attends to, bool [B, 1, seq, seq]; see
+    :class:`speechllm.prompt.Batch`.
+    """
     places = torch.arange(position_ids.shape[1], device=position_ids.device)
     anew = F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0), value=True)
     end = torch.where(anew, places, 0).cummax(1).values  # where its end of the sequence begins

@@ -35,8 +35,8 @@ class Rendered:
     """A sequence for the LM.
 
     ids: int64 [seq]. loss_mask: bool [seq], true on the answer and its end token, and on those of learnt shots.
-    prompt_length: ids before the answer; `ids[:prompt_length]` is what is served. shared: the ids of another sequence
-    that it goes on from, see :func:`further`.
+    prompt_length: ids before the answer; `ids[:prompt_length]` is what is served. shared: ids of another sequence that
+    it goes on from and that are not among its own; 0 but for what :func:`render_further` gives.
     """
 
     ids: Tensor
@@ -89,11 +89,11 @@ def render(
     return Rendered(torch.cat(parts), torch.cat(scored).bool(), prompt_length)
 
 
-def further(rendered: Rendered, shared: int) -> Rendered:
-    """A further question about audio that is heard already: the sequence without its first ``shared`` ids, which it has
-    in common with the one that it is to follow in a row.
-    """
-    return Rendered(rendered.ids[shared:], rendered.loss_mask[shared:], rendered.prompt_length - shared, shared)
+def render_further(example: Example, vocabulary: Vocabulary, text: TextTokenizer) -> Rendered:
+    """A further question about audio that the sequence before it in a row begins with: all but that audio."""
+    whole = render(example, vocabulary, text)
+    shared = 2 + len(vocabulary.audio_ids(example.codes))  # `<audio_begin> codes <audio_end>`
+    return Rendered(whole.ids[shared:], whole.loss_mask[shared:], whole.prompt_length - shared, shared)
 
 
 def labels(rendered: Rendered) -> Tensor:

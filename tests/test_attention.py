@@ -20,7 +20,7 @@ from transformers.utils import is_flash_attn_2_available
 from speechllm.data.mixture import pack
 from speechllm.errors import InputError
 from speechllm.model import FLASH, ModelConfig, choose_attention, keep_apart, load_model, make_model
-from speechllm.prompt import Batch, Rendered, collate, further
+from speechllm.prompt import Batch, Rendered, collate
 from train.engine import start_engine
 from train.pretrain_config import Pretraining
 from train.state import Layout, RunState
@@ -99,14 +99,19 @@ def test_several_ends_of_a_sequence_see_its_beginning_and_themselves(lm: PreTrai
     """What each end is told is what it would be told alone."""
     ids = torch.arange(30) * 7 % PAD
     begun, ends, other = ids[:6], (ids[6:11], ids[11:13], ids[13:20]), ids[20:]
-    parts = [Rendered(torch.cat([begun, end]), torch.ones(6 + len(end)).bool(), 0) for end in ends]
-    alone = Rendered(other, torch.ones(len(other)).bool(), 0)
-    row = [parts[0], *(further(part, 6) for part in parts[1:]), alone]
-    batch = collate([row, [alone]], PAD)
+    first, *others = (torch.cat([begun, ends[0]]), *ends[1:])
+    row = [Rendered(first, first > 0, 0), *(Rendered(end, end > 0, 0, shared=6) for end in others)]
+    alone = Rendered(other, other > 0, 0)
+    batch = collate([[*row, alone], [alone]], PAD)
     assert batch.position_ids[0].tolist() == [*range(11), 6, 7, *range(6, 13), *range(10)]
     states = lm.base_model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, **keep_apart(lm, batch.position_ids)
+        input_ids=batch.input_ids, position_ids=batch.position_ids, **keep_apart(lm, batch.position_ids, True)
     )[0]
+    for other_way in ("eager", FLASH):
+        lm.config._attn_implementation = other_way
+        with pytest.raises(AssertionError, match="need a mask"):
+            keep_apart(lm, batch.position_ids, True)
+    lm.config._attn_implementation = "sdpa"
     found = states[0].split([6, 5, 2, 7, 10])
     for end, state in zip(ends, found[1:4], strict=True):
         expected = lm.base_model(input_ids=torch.cat([begun, end])[None])[0][0]

@@ -175,7 +175,8 @@ def check_alike(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> N
             torch.testing.assert_close(two[name], weight, rtol=0, atol=2e-4)
         else:
             torch.testing.assert_close(two[name], weight, rtol=2**-7, atol=1e-3)
-            assert ((two[name] - weight).abs() > 2e-4).float().mean() < 0.01
+            off = ((two[name] - weight).abs() > 2e-4).sum()
+            assert off <= max(2, 0.01 * weight.numel())  # 1 % of a norm's or a router's few weights is less than one
 
 
 @pytest.mark.parametrize("way", WAYS)

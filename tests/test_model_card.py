@@ -22,6 +22,7 @@ from train.kept import weights_fingerprint
 from train.licences import TABLE, read_licences
 from train.results import Evaluation, Result, Target, write_results
 from train.stage_costs import Cost, add_cost
+from train.synthesize import BUILT_IN
 
 NAME = read_settings(DEFAULT).name
 SECTIONS = [
@@ -294,7 +295,7 @@ def test_every_corpus_of_the_recipe_has_a_licence() -> None:
     for name, spoken in recipe.synthesized.items():
         if spoken.split == "train":
             source = spoken.text.partition("/")[0]
-            assert source in licences.entries[name].of or source in ("digits", "nonspeech")
+            assert source in licences.entries[name].of or source in BUILT_IN
     for name, talks in recipe.conversations.items():
         if talks.split == "train":
             assert set(talks.of) <= set(licences.entries[name].of)

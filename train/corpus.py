@@ -50,7 +50,7 @@ class Builder:
             InputError: they are not there, or not in the language, or a voice for them is not installed.
         """
         recipe, options = self.recipe, spoken.model_dump(exclude={"text", "count"})
-        text = spoken.text if spoken.text in ("digits", "nonspeech") else str(recipe.source / spoken.text)
+        text = spoken.text if spoken.text in synthesize.BUILT_IN else str(recipe.source / spoken.text)
         plan = synthesize.prepare(text, recipe.out / name, noise=recipe.noise_for(spoken.split), **options)
         plan.require_voices()
         return plan

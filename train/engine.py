@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import output_capturing
 
 from speechllm.errors import InputError
-from speechllm.model import SDPA, choose_attention, experts
+from speechllm.model import choose_attention, experts
 from train.pretrain_config import Pretraining
 from train.ranks import forget_shared_memory
 from train.state import RunState
@@ -81,8 +81,7 @@ def start_engine(
     settings = deepspeed_settings(config, gpu, state.universal)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     device = torch.device("cuda" if gpu else "cpu")
-    wanted = config.attn_implementation or (SDPA if config.questions > 1 else None)
-    lm.set_attn_implementation(choose_attention(lm, device, dtype, wanted))
+    lm.set_attn_implementation(choose_attention(lm, device, dtype, config.attention))
     if state.spread:
         check_expert_parallel(lm, config.expert_parallel, state.layout.world)
         kind, name = lm.config.model_type, next(name for name, module in objective.named_modules() if module is lm)

@@ -28,8 +28,8 @@ def count_choices(
 ) -> Tensor:
     """How often each expert was chosen, int64 [layers, tasks, modalities, experts]; padding does not count.
 
-    Audio is the codes, answer what the loss is on; the rest, control ids too, is instruction. router_logits: of each
-    layer with experts, [B · seq, experts].
+    Audio is the codes, answer what the loss is on; the rest, control ids too, is instruction. Audio that several
+    questions share counts for the first of them. router_logits: of each layer with experts, [B · seq, experts].
     """
     # positions are weighed, not picked: how many are picked is something that a GPU would have to be waited for
     device = batch.example_ids.device

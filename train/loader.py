@@ -79,7 +79,8 @@ def added(parts: Iterable[Mapping[str, float]]) -> Amounts:
 
 
 class Meter:
-    """Means since the last reading, and what share each task had of all examples next to what was asked for.
+    """Means since the last reading, and what share each task had of all draws next to what was asked for, and of all
+    answers, those of further questions too.
 
     Counts what this rank trains on; what is read, saved and drawn is of all ranks, which must all ask for it.
 
@@ -88,10 +89,12 @@ class Meter:
 
     def __init__(self, schedule: Schedule, experts: ExpertLoad, flops: Speed | None):
         self.schedule, self.experts, self.flops = schedule, experts, flops
-        self._asked: Amounts = {}  # examples of each task, on all ranks
+        self._asked: Amounts = {}  # draws of each task, on all ranks
         self._drawn: Amounts = {}
+        self._answered: Amounts = {}
         self._own_asked: Amounts = {}  # those of this rank that are not among them yet
         self._own_drawn: Amounts = {}
+        self._own_answered: Amounts = {}
         self._reset()
 
     def _reset(self) -> None:
@@ -101,19 +104,21 @@ class Meter:
         self._mark = time.monotonic()
 
     def _share(self) -> None:
-        for asked, drawn in gather((self._own_asked, self._own_drawn)):
+        for asked, drawn, answered in gather((self._own_asked, self._own_drawn, self._own_answered)):
             add(self._asked, asked)
             add(self._drawn, drawn)
-        self._own_asked, self._own_drawn = {}, {}
+            add(self._answered, answered)
+        self._own_asked, self._own_drawn, self._own_answered = {}, {}, {}
 
     def state(self) -> dict:
         """What :meth:`restore` needs, ready for JSON."""
         self._share()
-        return {"asked": self._asked, "drawn": self._drawn}
+        return {"asked": self._asked, "drawn": self._drawn, "answered": self._answered}
 
     def restore(self, state: Mapping) -> None:
         """Go on counting where the run that gave ``state`` was."""
         self._asked, self._drawn = dict(state["asked"]), dict(state["drawn"])
+        self._answered = dict(state.get("answered", state["drawn"]))  # a draw was an answer before there were others
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -141,6 +146,7 @@ class Meter:
             lengths = torch.bincount(batch.example_ids[batch.example_ids >= 0])
             add(self._amounts, {"least": self.flops.least_seconds(lengths)})
         add(self._own_drawn, Counter(draw.task for draw in batch.draws))
+        add(self._own_answered, Counter(batch.tasks))
         shares = self.schedule.shares(step)
         add(self._own_asked, {task: share * len(batch.draws) for task, share in shares.items()})
 
@@ -166,24 +172,22 @@ class Meter:
         return values | self.experts.read()
 
     def plot(self, out: Path) -> None:
-        """``shares.json`` and ``shares.png``: the share of each task in what is drawn, asked and realised.
-
-        Further questions about what is drawn are not among them.
+        """``shares.json`` and ``shares.png``: the share of each task in what is drawn, asked and realised, and in all
+        answers.
         """
         self._share()
         if not self._drawn or (distributed.is_initialized() and distributed.get_rank()):  # a finished run was resumed
             return
-        asked, drawn = sum(self._asked.values()), sum(self._drawn.values())
+        counts = {"asked": self._asked, "realised": self._drawn, "answers": self._answered}
         shares = {
-            task: {"asked": amount / asked, "realised": self._drawn.get(task, 0) / drawn}
-            for task, amount in self._asked.items()
+            task: {kind: of.get(task, 0) / sum(of.values()) for kind, of in counts.items()} for task in self._asked
         }
         (out / "shares.json").write_text(json.dumps(shares, indent=1) + "\n", encoding="utf-8")
         figure, axis = plt.subplots(figsize=(0.5 * len(shares) + 2, 3.6))
-        for offset, kind in ((-0.2, "asked"), (0.2, "realised")):
-            axis.bar([n + offset for n in range(len(shares))], [s[kind] for s in shares.values()], 0.4, label=kind)
+        for offset, kind in ((-0.27, "asked"), (0.0, "realised"), (0.27, "answers")):
+            axis.bar([n + offset for n in range(len(shares))], [s[kind] for s in shares.values()], 0.27, label=kind)
         axis.set_xticks(range(len(shares)), list(shares), rotation=60, ha="right")
-        axis.set(ylabel="share of examples")
+        axis.set(ylabel="share of draws, and of answers")
         axis.legend()
         figure.tight_layout()
         figure.savefig(out / "shares.png", dpi=110)

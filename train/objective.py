@@ -75,15 +75,15 @@ class Objective(nn.Module):
         dense model.
         """
         ids, mask = batch.lm.input_ids, batch.lm.attention_mask
-        # no attention mask: padding is on the right, where causal attention cannot see it; positions that begin anew
-        # tell transformers to keep the sequences of a row apart, FlashAttention is told by keep_apart
+        # no mask of the padding: it is on the right, where causal attention cannot see it; positions that begin anew
+        # tell transformers to keep the sequences of a row apart, all else is told by keep_apart
         output = self.lm.base_model(
             input_ids=ids,
             position_ids=batch.lm.position_ids,
             use_cache=False,
             output_hidden_states=True,
             **({"output_router_logits": True} if self.router else {}),
-            **keep_apart(self.lm, batch.lm.position_ids),
+            **keep_apart(self.lm, batch.lm.position_ids, any(draw.also for draw in batch.draws)),
         )
         hidden = output.last_hidden_state[:, :-1]
         answers = self.answers(hidden, batch)
@@ -104,7 +104,7 @@ class Objective(nn.Module):
                 losses["choices"] = count_choices(
                     output.router_logits, top_k, batch, self.balance.tasks, self.vocabulary
                 )
-        if self.ctc_weight or self.trait_weight:  # examples, each [audio, hidden]
+        if self.ctc_weight or self.trait_weight:  # clips, each [audio, hidden]
             heard = output.hidden_states[self.ctc_layer][batch.audio_mask].split(batch.audio_lengths.tolist())
             if self.ctc_weight:
                 losses["ctc"] = self.ctc(heard, batch)
@@ -133,7 +133,7 @@ class Objective(nn.Module):
         return total / scored.sum().clamp_min(1)  # a batch may be text alone
 
     def ctc(self, heard: Sequence[Tensor], batch: TrainingBatch) -> Tensor:
-        """CTC loss per text piece (Graves et al. 2006) of the states ``[audio, hidden]`` of each example's audio."""
+        """CTC loss per text piece (Graves et al. 2006) of the states ``[audio, hidden]`` of each clip."""
         log_probs = self.ctc_head(pad_sequence(list(heard))).float().log_softmax(-1)  # [audio, examples, text_size + 1]
         losses = F.ctc_loss(
             log_probs,
@@ -147,11 +147,11 @@ class Objective(nn.Module):
         return losses[known].sum() / batch.transcript_lengths.sum().clamp_min(1)
 
     def traits(self, heard: Sequence[Tensor], batch: TrainingBatch) -> Tensor:
-        """Cross entropy of the traits that are known, from the mean of the states ``[audio, hidden]`` of each example.
+        """Cross entropy of the traits that are known, from the mean of the states ``[audio, hidden]`` of each clip.
 
-        Summed over the traits; each is a mean over the examples that have it, so that rare ones count alike.
+        Summed over the traits; each is a mean over the clips that have it, so that rare ones count alike.
         """
-        means = torch.stack([states.mean(0) for states in heard])  # [examples, hidden]
+        means = torch.stack([states.mean(0) for states in heard])  # [clips, hidden]
         total = means.new_zeros(())
         for head, target in zip(self.trait_heads, batch.traits.T, strict=True):
             loss = F.cross_entropy(head(means).float(), target, ignore_index=-1, reduction="sum")

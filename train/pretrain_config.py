@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from speechllm.data.schedule import WINDOW
-from speechllm.model import SDPA, ModelConfig
+from speechllm.model import SDPA, Attention, ModelConfig
 from speechllm.tasks import TRAINABLE
 from speechllm.vocabulary import Vocabulary
 from train.balance import BalanceSettings, FixedSettings, PlainSettings
@@ -41,9 +41,7 @@ class Pretraining(Training):
     max_audio_seconds: float = Field(12.0, gt=0)
     max_answer_tokens: int = Field(96, gt=0)
 
-    questions: int = Field(
-        1, ge=1, description="asked of a recording that is heard once for all of them, at most about"
-    )
+    questions: int = Field(1, ge=1, description="about a recording that is heard once for all, on average at most")
     short_first: int = Field(1000, ge=0, description="steps over which utterances of growing length come in")
     balance: BalanceSettings = Field(PlainSettings(), description="how the losses of the tasks are weighed")
     audio_weight: float = Field(0.0, ge=0, description="of the loss on the audio ids")
@@ -89,10 +87,10 @@ class Pretraining(Training):
 
     @model_validator(mode="after")
     def _attention_takes_a_mask(self) -> Pretraining:
-        if self.questions > 1 and self.attn_implementation not in (None, SDPA):
+        if self.questions > 1 and self.attention != SDPA:
             raise ValueError(
-                f"questions: several about one recording need attn_implementation: {SDPA}, "
-                f"not {self.attn_implementation}; or ask one"
+                f"questions: {self.questions} about one recording need attn_implementation: {SDPA}, not "
+                f"{self.attention}; or ask 1"
             )
         return self
 
@@ -116,6 +114,11 @@ class Pretraining(Training):
             if unknown := set(self.scored_on(folder)) - self.tasks.keys():
                 raise ValueError(f"dev_corpora: {folder}: {', '.join(sorted(unknown))} not among the tasks")
         return self
+
+    @property
+    def attention(self) -> Attention | None:
+        """The implementation that is wanted, None for the best there is."""
+        return self.attn_implementation or (SDPA if self.questions > 1 else None)
 
     def scored_on(self, folder: Path) -> list[str]:
         """The tasks that are scored on a dev corpus, where it has answers for them."""

@@ -1,4 +1,4 @@
-"""Make a corpus of synthetic speech: `python -m train.synthesize --text FILE|digits|nonspeech …`.
+"""Make a corpus of synthetic speech: `python -m train.synthesize --text FILE|digits|orders|nonspeech …`.
 
 Every utterance follows from (seed, index) alone, so an interrupted run goes on where it stopped and gives the same
 corpus. Train utterances vary in voice, rate, pitch, level and noise; dev and test ones do not, and the voices of those
@@ -27,7 +27,9 @@ from speechllm.errors import InputError
 from speechllm.metrics import normalize_text
 from speechllm.tasks import Segment
 from train.making import Outcome, make_corpus, plain_errors, report, write_utterance
+from train.orders import orders
 
+BUILT_IN = ("digits", "orders", "nonspeech")  # texts that are no files
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 RATES, PITCHES = (0.85, 1.2), (0.9, 1.1)  # factors
 LEVELS_DB = (-30.0, -12.0)  # dBFS, rms of the speech
@@ -41,7 +43,7 @@ WORD_SPLITS: tuple[Split, ...] = ("dev", "test") + ("train",) * 14
 
 @dataclass(frozen=True)
 class Plan:
-    """What every utterance of a run follows from. The text is "digits", "nonspeech", or the file of the sentences."""
+    """What every utterance of a run follows from. The text is built in, or the file of the sentences."""
 
     name: str
     out: Path
@@ -101,15 +103,16 @@ def prepare(
     """
     if unknown := set(engines) - set(get_args(Engine)):
         raise InputError(f"--engine {' '.join(sorted(unknown))}: give any of {', '.join(get_args(Engine))}")
-    sentences = () if text in ("digits", "nonspeech") else tuple(read_sentences(text, language))
+    own = orders() if text == "orders" else []
+    sentences = tuple(own if text in BUILT_IN else read_sentences(text, language))
     if language != "en":
-        if not sentences:
+        if text in BUILT_IN:
             raise InputError(f"--language {language}: {text} are spoken in English only")
         sentences = tuple(sentence for sentence in sentences if language in sentence.texts())
         if not sentences:
             raise InputError(f"{text}: no sentence in {language}")
     if words:
-        if not sentences:
+        if text in BUILT_IN:
             raise InputError(f"--words: {text} are no sentences to take words from")
         sentences = tuple(single_words([sentence.texts()[language] for sentence in sentences], words, language, split))
     return Plan(
@@ -228,7 +231,7 @@ def main(
         str,
         typer.Option(
             help="Sentences: JSON Lines with id, en, de, fr, cs, intent, slots, or a .txt with one of the language a "
-            "line, gzipped or not; 'digits' or 'nonspeech'"
+            "line, gzipped or not; 'digits', 'orders' (of coffee) or 'nonspeech'"
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for audio/ and manifest.jsonl; an earlier run there is continued")],

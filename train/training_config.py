@@ -52,7 +52,7 @@ class Training(Settings):
     expert_parallel: int = Field(1, ge=1, description="ranks that the experts of a layer are spread over")
     bf16: bool | None = Field(None, description="train in bfloat16; on GPUs alone unless given")
     attn_implementation: Attention | None = Field(
-        None, description="of attention; FlashAttention where it can be had and else PyTorch's own (sdpa) unless given"
+        None, description="of attention; unless given FlashAttention where it can be had, and else PyTorch's own (sdpa)"
     )
     activation_checkpointing: bool = Field(False, description="compute activations twice rather than keep them")
     log_every: int = Field(20, ge=1)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from speechllm.codec import Codec
 from speechllm.data.encoded import read_encoded
 from speechllm.data.mixture import Draw, Mixture
+from speechllm.errors import InputError
 from speechllm.generate import generate
 from speechllm.prompt import IGNORE_INDEX, Example, answer_parts, collate, next_ids, render
 from speechllm.tasks import TRAINABLE, Parts
@@ -64,6 +65,11 @@ class Validation:
             rows = read_encoded([folder], "dev", codec)
             scored = config.scored_on(folder)
             mixture = Mixture({folder.name: rows}, vocabulary, text, scored, config.max_audio_seconds)
+            if isinstance(config.dev_corpora, dict) and (idle := set(scored) - mixture.pools.keys()):
+                raise InputError(
+                    f"dev_corpora: {folder} has no answers for {', '.join(sorted(idle))} among its dev clips of up to "
+                    f"max_audio_seconds = {config.max_audio_seconds}: leave them out there"
+                )
             for task in mixture.pools:
                 self.sets.append(dev_set(folder.name, mixture, task, config.decode_examples, rank, world))
 

@@ -16,7 +16,7 @@ from speechllm.data.code_noise import CodeNoise
 from speechllm.data.encoded import row_codes, row_facts
 from speechllm.data.episodes import EXCERPT, NAMED, Turn, excerpt, label_turns, transcript_turns
 from speechllm.data.pools import find_pools
-from speechllm.prompt import Batch, Example, Rendered, collate, further, render
+from speechllm.prompt import Batch, Example, Rendered, collate, render, render_further
 from speechllm.tasks import TRAINABLE, TRAITS, Facts, FewShot, FewShotLabel, Parts, Task
 from speechllm.tasks.labels import NumberOfSpeakers
 from speechllm.text import TextTokenizer
@@ -48,7 +48,7 @@ class TrainingBatch:
     transcript_lengths: Tensor  # int64 [clips]; 0 where there is no transcript
     traits: Tensor  # int64 [clips, traits]: what is heard of TRAITS, as places of their labels; -1 where not known
     tasks: tuple[str, ...]  # [examples]
-    draws: tuple[Draw, ...]  # of the examples that are no further ones
+    draws: tuple[Draw, ...]  # a sequence each, row by row
     audio_seconds: float  # that its examples hear
     seconds: float  # that making the batch took
 
@@ -182,10 +182,12 @@ class Mixture:
     def _further(self, draw: Draw, heard: Example, rng: Random) -> list[Rendered]:
         """What else the draw teaches by the audio of ``heard``."""
         found = []
-        for task in draw.also:
-            instruction, answer = self._posed(TRAINABLE[task], draw.row, rng)
-            example = replace(heard, instruction=instruction, answer=answer, task=task)
-            found.append(further(render(example, self.vocabulary, self.text), 1 + self._heard(heard)))
+        for task in (TRAINABLE[name] for name in draw.also):
+            assert task.listens and TRAINABLE[draw.task].listens, f"{task.name} or {draw.task} is about no audio"
+            assert not isinstance(TRAINABLE[draw.task], FewShot), "of an episode nothing further can be asked"
+            instruction, answer = self._posed(task, draw.row, rng)
+            example = replace(heard, instruction=instruction, answer=answer, task=task.name)
+            found.append(render_further(example, self.vocabulary, self.text))
         return found
 
     def _heard(self, example: Example) -> int:

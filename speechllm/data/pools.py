@@ -31,9 +31,9 @@ class Pool:
 
     rows: np.ndarray  # int64 [recordings]
     lengths: np.ndarray  # float [recordings]: ids of their sequences, about
-    further: (
-        np.ndarray
-    )  # float [recordings]: ids that are added where the audio is there already; inf where it cannot be
+    # float [recordings]: ids of question and answer alone, which is what a further question about the audio adds; inf
+    # where it cannot be asked so
+    further: np.ndarray
 
 
 Pools = Mapping[str, Mapping[str, Pool]]  # task -> corpus -> recordings
@@ -67,8 +67,8 @@ def find_pools(
     )
     found: list[list[tuple[int, float, float, list[str]]]] = [[] for _ in tasks]
     for row, parts in enumerate(zip(told["tasks"], told["lengths"], told["further"], told["keys"], strict=True)):
-        for place, *known in zip(*parts, strict=True):
-            found[place].append((row, *known))
+        for place, length, further, keys in zip(*parts, strict=True):
+            found[place].append((row, length, further, keys))
     corpora, ends = np.array([*sizes]), np.cumsum([*sizes.values()])
     pools: dict[str, dict[str, Pool]] = {}
     kin: dict[str, Kin] = {}
@@ -78,11 +78,10 @@ def find_pools(
             corpus_of = corpora[np.searchsorted(ends, [row for row, *_ in able], "right")].tolist()
             rows_of, ids, _, keys_of = zip(*able, strict=True) if able else ((), (), (), ())
             own = kin[name] = Kin(task, rows_of, corpus_of, keys_of, ids)
-            able = [(row, ids * (1 + own.shots(row)), *rest) for row, ids, *rest in able if row in own.own]
-        cuts = np.searchsorted([row for row, *_ in able], ends[:-1])
-        rows_of = np.array([row for row, *_ in able], int)
-        lengths_of, further_of = (np.array([known[n] for known in able], float) for n in (1, 2))
-        split = zip(*(np.split(known, cuts) for known in (rows_of, lengths_of, further_of)), strict=True)
+            able = [(row, turn * (1 + own.shots(row)), inf, keys) for row, turn, inf, keys in able if row in own.own]
+        columns = [np.array([known[n] for known in able], kind) for n, kind in ((0, int), (1, float), (2, float))]
+        cuts = np.searchsorted(columns[0], ends[:-1])
+        split = zip(*(np.split(column, cuts) for column in columns), strict=True)
         for corpus, (places, lengths, further) in zip(sizes, split, strict=True):
             if len(places):
                 order = np.argsort(lengths, kind="stable")

@@ -2,8 +2,8 @@
 
 Tasks are drawn with p ∝ weight · n^(1/T) among those that have entered, n being the recordings that have an answer for
 the task; within a task, corpora likewise (temperature sampling, Arivazhagan et al. 2019). Within a corpus every
-recording comes once before any comes again. What is heard may be asked about further: that costs the ids of a question
-and its answer, and the audio, which is most of a sequence, is computed once for all.
+recording is drawn once before any is drawn again. What is heard may be asked about further: that costs the ids of a
+question and its answer, and the audio, which is most of a sequence, is computed once for all.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ class Schedule:
     -> the step from which it is drawn, 0 where not given; it counts from the next window of ``WINDOW`` steps.
     temperature: T. batch_tokens: ids of a micro batch, about. short: steps over which longer utterances come in;
     until then recordings may come again early. lanes: micro batches of a step, of all ranks together. questions: asked
-    of a recording that is heard, at most about: each other task is added with a chance of ``questions - 1`` times its
-    share of the corpus, 1 at most, so that within a corpus tasks keep about the shares they are drawn with.
+    of a recording that is heard, on average at most: each other task is added with a chance of ``questions - 1`` times
+    its share of what the corpus is drawn for, 1 at most. So what is frequent is asked nearly always and the rest in
+    proportion; episodes and tasks on text lose share, and further questions are not counted as draws.
     """
 
     pools: Pools
