@@ -128,6 +128,8 @@ def test_a_run_that_asks_for_what_cannot_be_had_is_refused(lm: PreTrainedModel, 
     )  # fmt: skip
     with pytest.raises(InputError, match="attn_implementation: flash_attention_2 needs"):
         start_engine(lm, lm, config, RunState(tmp_path / "state", Layout(1, 0, 1)))
+    plain = config.model_copy(update={"attn_implementation": None})
+    assert plain.attention is None and plain.model_copy(update={"questions": 2}).attention == "sdpa"
 
 
 @pytest.mark.parametrize("row_length", [1, 30, 1000])

@@ -51,7 +51,9 @@ def mixture() -> Mixture:
 
 
 def schedule_of(mixture: Mixture) -> Schedule:
-    return Schedule(mixture.pools, {"transcribe": 1.0, "translate_de": 1.0}, 300.0, seed=5, lanes=4, short=10)
+    return Schedule(
+        mixture.pools, {"transcribe": 1.0, "translate_de": 1.0}, 300.0, seed=5, lanes=4, short=10, questions=2
+    )
 
 
 def batches(
@@ -111,9 +113,9 @@ def test_a_state_saved_while_workers_are_ahead(mixture: Mixture) -> None:
 def batch_of(example_ids: list[list[int]], tasks: str, seconds: float, audio_seconds: float) -> TrainingBatch:
     nothing, examples = torch.zeros(0), torch.tensor(example_ids)
     kept = (examples >= 0).long()
-    drawn = tuple(Draw(task, 0) for task in tasks)
+    drawn = tuple(Draw(task, 0) for task in tasks if task.islower())  # in capitals: asked further
     lm = Batch(kept, kept, kept, kept)
-    return TrainingBatch(lm, examples, kept, *[nothing] * 4, tuple(tasks), drawn, audio_seconds, seconds)
+    return TrainingBatch(lm, examples, kept, *[nothing] * 4, tuple(tasks.lower()), drawn, audio_seconds, seconds)
 
 
 def test_the_meter_counts_as_by_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -131,7 +133,7 @@ def test_the_meter_counts_as_by_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         nonlocal now
         for batch in (
             batch_of([[0, 1, 2, -1], [3, 3, -1, -1]], "aaba", 0.5, audio_seconds=7.0),
-            batch_of([[0, 0]], "b", 0.2, audio_seconds=2.5),
+            batch_of([[0, 0]], "bA", 0.2, audio_seconds=2.5),
         ):
             now += 0.5  # in which there is nothing to train on
             yield [batch]
@@ -150,11 +152,11 @@ def test_the_meter_counts_as_by_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     meter.plot(tmp_path)
     assert (tmp_path / "shares.png").stat().st_size > 1000
     found = json.loads((tmp_path / "shares.json").read_text())
-    expected = {"a": (3 + 0.5, 3), "b": (1 + 0.25, 2), "c": (0.25, 0)}  # of five examples
+    expected = {"a": (3 + 0.5, 3, 4), "b": (1 + 0.25, 2, 2), "c": (0.25, 0, 0)}  # of five draws, six answers
     assert {task: tuple(share.values()) for task, share in found.items()} == {
-        task: pytest.approx((asked / 5, drawn / 5)) for task, (asked, drawn) in expected.items()
+        task: pytest.approx((asked / 5, drawn / 5, answers / 6)) for task, (asked, drawn, answers) in expected.items()
     }
-    assert found["a"].keys() == {"asked", "realised"}
+    assert [*found["a"]] == ["asked", "realised", "answers"]
 
     meter.add(1, replace(batch, seconds=0.1), {"loss": 7.0})
     experts.add(1, torch.tensor([1, 3]).view(1, 1, 1, 2))

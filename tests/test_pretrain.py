@@ -314,6 +314,7 @@ def test_a_second_run_in_the_same_folder_is_refused(
         ({"task_corpora": {"transcribe": {"nowhere": 1}}}, "task_corpora: transcribe: nowhere not among the corpora"),
         ({"task_corpora": {"transcribe": {}}}, "task_corpora.transcribe: Dictionary should have at least 1 item"),
         ({"dev_corpora": {"somewhere": ["diarize"]}}, "dev_corpora: somewhere: diarize not among the tasks"),
+        ({"questions": 2, "attn_implementation": "eager"}, "need attn_implementation: sdpa, not eager; or ask 1"),
         ({"seed": -1}, "seed: "),
         ({"balance": {"method": "magic"}}, "balance: Input tag 'magic' found using 'method' does not match"),
         ({"balance": {"method": "fixed", "weights": {"emotion": 2}}}, "balance.weights: emotion not among the tasks"),

@@ -220,6 +220,21 @@ def test_what_is_heard_is_asked_about_further() -> None:
     assert total / len(steps) == pytest.approx(2000, rel=0.05)
 
 
+def test_nothing_further_is_asked_before_its_task_enters_or_beside_its_corpora() -> None:
+    sizes = np.linspace(50, 150, 60)
+    pools = {task: {"x": pool_of(0, sizes, 20.0), "y": pool_of(60, sizes, 20.0)} for task in "abc"}
+    schedule = make(
+        pools, dict.fromkeys("abc", 1.0), 2000.0, questions=9, enters={"b": WINDOW}, task_corpora={"c": {"y": 1.0}}
+    )
+    draws = flat(plan(schedule, range(2 * WINDOW)))
+    early, late = (flat(plan(schedule, steps)) for steps in (range(WINDOW), range(WINDOW, 2 * WINDOW)))
+    assert early + late == draws
+    assert {task for draw in early for task in draw.also if draw.row < 60} == set()
+    assert {task for draw in early for task in draw.also} == {"a", "c"}
+    assert {task for draw in late for task in draw.also if draw.row < 60} == {"a", "b"}
+    assert {draw.also for draw in late if draw.row >= 60} == {("b", "c"), ("a", "c"), ("a", "b")}
+
+
 def test_short_recordings_come_first() -> None:
     pools = {"a": {"x": pool(400)}, "b": {"x": pool(3)}}
     schedule = make(pools, {"a": 1.0, "b": 1.0}, 5000.0, short=120)

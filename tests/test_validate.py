@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from speechllm.data.encoded import write_facts
 from speechllm.data.mixture import Mixture
+from speechllm.errors import InputError
 from speechllm.model import ModelConfig, make_model
 from speechllm.prompt import IGNORE_INDEX, collate, render
 from speechllm.tasks import TASKS, Facts
@@ -91,6 +92,15 @@ def test_a_dev_corpus_may_be_for_some_tasks(pretrain_settings: dict[str, Any], t
         corpora = validation.corpora()
         assert [task for task in config.tasks if corpora[task] == [dev.name]] == scored
         assert sum(map(len, corpora.values())) == len(scored)
+
+
+def test_what_a_dev_corpus_cannot_score_is_named(pretrain_settings: dict[str, Any], tmp_path: Path) -> None:
+    (dev,) = pretrain_settings["dev_corpora"]
+    change = {"out": tmp_path, "tasks": {"transcribe": 1, "emotion": 1}, "curriculum": {}}
+    config = Pretraining.model_validate(pretrain_settings | change | {"dev_corpora": {dev: ["transcribe", "emotion"]}})
+    start = make_start(config, False)
+    with pytest.raises(InputError, match=f"dev_corpora: {dev} has no answers for emotion among its dev clips of up to"):
+        Validation(config, start.codec, start.vocabulary, start.text, 0, 1)
 
 
 def test_labels_take_more_clips(mixture: Mixture) -> None:
