@@ -194,6 +194,7 @@ def test_training_adds_up_what_was_logged(text: str, files: dict[str, Path]) -> 
     assert (told.steps, told.ids, told.hours, told.seconds) == (30, 200_000.0, 2.0, 250.0)
     assert "| run | 30 | 0.2 M | 2.0 h | 4.2 min |" in training
     assert "| pretrain | 1.0 h | 2.0 h | 20.0 |" in training and "Energy: an estimate." in training
+    assert "for want of a log" not in training
 
 
 def test_data_have_sizes_and_licences(text: str) -> None:
@@ -267,8 +268,11 @@ def test_a_missing_licence_is_an_error(files: dict[str, Path], tmp_path: Path) -
     assert "license: apache-2.0\n" in text and "nothing that they learnt from restricts" in section(text, "Licence")
     later = {"out": tmp_path, "corpora": {"mine": 1}, "dev_corpora": [], "steps": 30, "tasks": {"transcribe": 1}}
     later = write_yaml(tmp_path / "later.yaml", later | {"start_from": "runs/others/checkpoint"})
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 30, "seconds": 9.0}\n')
     text = write(out, {"pretrain": later, "licences": table, "codec": codec})
     assert "license_name: unknown\n" in text
+    assert "for want of a log: codec, semantic; codec, acoustic." in section(text, "Training")
     table.write_text("mine: {title: My own, use: free}\n")
     assert "give title, licence and use" in refused("--corpus", path, "--licences", table, "--out", out)
 

@@ -80,10 +80,17 @@ class Inputs:
 
     def runs(self) -> list[Amounts]:
         """The trainings whose metrics are there."""
+        return [amounts(name, path) for name, path in self._logs() if path.is_file()]
+
+    def unlogged(self) -> list[str]:
+        """The others."""
+        return [name for name, path in self._logs() if not path.is_file()]
+
+    def _logs(self) -> list[tuple[str, Path]]:
         folders = [self.codec.out / stage for stage in ("semantic", "acoustic")] if self.codec else []
         named = [(f"codec, {folder.name}", folder) for folder in folders]
         named += [(config.out.name, config.out) for config in self.pretrain]
-        return [amounts(name, path) for name, folder in named if (path := folder / "metrics.jsonl").is_file()]
+        return [(name, folder / "metrics.jsonl") for name, folder in named]
 
 
 @contextmanager

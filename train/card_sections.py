@@ -183,6 +183,8 @@ def training(inputs: Inputs) -> str:
             table(("run", "steps", "ids", "audio heard", "wall clock"), rows),
             "Ids without padding, audio as often as heard, by rates that are logged; wall clock with validation.\n",
         ]
+        if missing := inputs.unlogged():
+            parts.append(f"Trained as well, and not in these tables for want of a log: {'; '.join(missing)}.\n")
     else:
         command = "`train/pretrain.py` (its config given as `--pretrain`)"
         parts.append(left_out("steps, ids and hours (`metrics.jsonl`)", command))
