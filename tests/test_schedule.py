@@ -198,6 +198,8 @@ def test_what_is_heard_is_asked_about_further() -> None:
     }
     weights = {"often": 6.0, "seldom": 1.0, "half": 2.0, "read": 1.0}
     assert not any(draw.also for draw in flat(plan(make(pools, weights), range(WINDOW))))
+    read = make({"read": pools["read"]}, {"read": 1.0}, questions=3)  # of nothing that is heard
+    assert not any(draw.also for draw in flat(plan(read, range(WINDOW))))
     schedule = make(pools, weights, 2000.0, temperature=1e9, questions=3)
     chances = schedule.chances(0)
     steps = plan(schedule, range(4 * WINDOW))

@@ -120,10 +120,9 @@ class Schedule:
         lengths_of = [self.pools[task][corpus].lengths[: self._size(task, corpus, step)] for task, corpus in pools]
         added = self._chances_added(planned)  # [pools, tasks]
         means = [lengths.mean() for lengths in lengths_of]
-        if self.questions > 1:
-            means = [
-                m + more @ self._mean_added(*pool, step) for m, more, pool in zip(means, added, pools, strict=True)
-            ]
+        if self._further:
+            costs = [self._mean_added(*pool, step) for pool in pools]
+            means = [mean + more @ cost for mean, more, cost in zip(means, added, costs, strict=True)]
         mean = float(chances @ means)
         drawn = rng.choice(len(pools), max(batches, round(batches * self.batch_tokens / mean)), p=chances)  # [draws]
         rows, lengths = np.empty_like(drawn), np.empty(len(drawn))
@@ -133,7 +132,7 @@ class Schedule:
             rows[here] = self.pools[task][corpus].rows[places]
             lengths[here] = lengths_of[number][places]
         also: list[tuple[str, ...]] = [()] * len(drawn)
-        if self.questions > 1:
+        if self._further:
             ids = np.stack([further[rows] for further in self._further.values()], 1)  # [draws, tasks]
             asked = (rng.random(ids.shape) < added[drawn]) & np.isfinite(ids)
             lengths += np.where(asked, ids, 0).sum(1)
