@@ -149,7 +149,7 @@ def test_a_pool_holds_what_has_an_answer_shortest_first(rows: Dataset) -> None:
     }
     # controls, audio, and the characters of question and answer
     pools = mixture.pools
-    asked = len(TASKS["transcribe"].wordings[Random(0).randrange(len(TASKS["transcribe"].wordings))])
+    asked = len((TASKS["transcribe"].pose(row_facts(DOGS), Random(0)) or ("",))[0])
     assert pools["transcribe"]["two"].lengths == pytest.approx([4 + 12 + (asked + 13) / 3.7])
     assert pools["transcribe"]["one"].lengths == pytest.approx([4 + 4 + (asked + 5) / 3.7, 4 + 6 + asked / 3.7])
     (read,) = pools["translate_text_de"]["two"].lengths
@@ -230,7 +230,7 @@ def test_further_questions_go_on_from_the_audio(rows: Dataset) -> None:
     assert positions == [*range(first), *range(heard, heard + len(ids) - first)]
     assert owners == [0] * first + [1] * (len(ids) - first)
     asked = ids[first : ids.index(PLAIN.answer, first)]
-    assert TEXT.decode(asked) in TASKS["translate_de"].wordings
+    assert TASKS["translate_de"].match(TEXT.decode(asked)) is not None
     answer = [*TEXT.encode("Zwei Hunde rennen."), PLAIN.end]
     assert ids[-len(answer) :] == answer
     assert batch.lm.labels[0, first:].tolist() == [IGNORE_INDEX] * (len(ids) - first - len(answer)) + answer
@@ -238,7 +238,7 @@ def test_further_questions_go_on_from_the_audio(rows: Dataset) -> None:
     assert batch.audio_lengths.tolist() == [13]
 
 
-@pytest.mark.parametrize("row_length", [1, 40, 1000])
+@pytest.mark.parametrize("row_length", [1, 50, 1000])
 @pytest.mark.parametrize(
     ("vocabulary", "dogs", "boy", "silence"),
     [
@@ -255,7 +255,7 @@ def test_exact_batch(
     batch = mixture.batch(draws_of(mixture, "transcribe", "boy", "dogs", "silence"), row_length, Random(7))
     shapes = {getattr(batch.lm, name).shape for name in ("input_ids", "labels", "attention_mask", "position_ids")}
     assert shapes == {batch.audio_mask.shape}
-    assert len(batch.lm.input_ids) == {1: 3, 40: 2, 1000: 1}[row_length]
+    assert len(batch.lm.input_ids) == {1: 3, 50: 2, 1000: 1}[row_length]
 
     answers = {tuple(dogs): "Two dogs run.", tuple(boy): "A  boy ", tuple(silence): ""}
     found = sequences(batch)
@@ -264,7 +264,7 @@ def test_exact_batch(
         words = TEXT.encode(answers.pop(tuple(codes)))
         answer = [*TEXT.encode(" ".join(TEXT.decode(words).split())), vocabulary.end]
         question = ids[2 + len(codes) : -1 - len(answer)]
-        assert TEXT.decode(question) in TASKS["transcribe"].wordings
+        assert TASKS["transcribe"].match(TEXT.decode(question)) is not None
         audio = [vocabulary.audio_begin, *(CODEBOOK_0 + code for code in codes), vocabulary.audio_end]
         assert ids == [*audio, *question, vocabulary.answer, *answer]
         assert labels == [IGNORE_INDEX] * (len(ids) - len(answer)) + answer
@@ -286,7 +286,7 @@ def test_a_batch_follows_from_the_random_state(rows: Dataset) -> None:
     assert len(packed.lm.input_ids) == 1 < len(first.lm.input_ids)
     assert sorted(sequences(packed)) == sorted(sequences(first)), "packing changes no sequence"
     wordings = {mixture.episode(draws[0], Random(seed))[-1].instruction for seed in range(400)}
-    assert wordings == set(TASKS["transcribe"].wordings)
+    assert wordings > set(TASKS["transcribe"].wordings)
     assert mixture.episode(draws[0], Random(1), ("Now!",))[-1].instruction == "Now!"
 
 

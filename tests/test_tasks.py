@@ -1,6 +1,7 @@
 """Tasks: wordings, answers written and read back, malformed answers, and finding a task from what a user types."""
 
 from collections import Counter
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 
 from speechllm.tasks import TASKS, Facts, ParsedAnswer, Segment, Speaker, Task, Time, find_task, normalize_instruction
 from speechllm.tasks.answer import Part, shown
-from speechllm.tasks.base import bare
+from speechllm.tasks.base import PHRASED, bare
 from speechllm.tasks.labels import EMOTIONS, read_intent, write_intent
+from speechllm.tasks.phrases import drawn
 
 FILLED = {"is_emotion": "angry", "spoken_word": "dog"}  # what else fills a gap: any text
 EVERY = [
@@ -44,6 +46,28 @@ def test_wordings_are_enough_distinct_and_disjoint(task: Task) -> None:
     assert not trained & held_out
     assert len({"{}" in wording for wording in task.wordings + task.held_out}) == 1
     assert all(normalize_instruction(wording) == wording for wording in task.wordings + task.held_out)
+
+
+@each_task
+def test_phrases_say_what_is_asked_and_no_held_out_wording(task: Task) -> None:
+    rng, said = Random(0), set[str]()
+    for _ in range(100):
+        said.add(drawn(rng.choice(task.phrases), rng).replace("{}", FILLED.get(task.name, "A dog runs")))
+    assert len(said) > 50
+    for asked in said:
+        assert normalize_instruction(asked) == asked
+        assert [other.name for other in TASKS.values() if other.match(asked) is not None] == [task.name], asked
+    phrased = replace(task, wordings=(), held_out=())
+    assert not [wording for wording in task.held_out if phrased.match(wording.replace("{}", "angry")) is not None]
+    assert phrased.match(said.pop()) is not None
+
+
+def test_training_asks_in_wordings_and_phrases_and_tests_do_not() -> None:
+    task, facts = TASKS["transcribe"], Facts(1.0, "A dog.")
+    asked = [(task.pose(facts, Random(seed)) or ("",))[0] for seed in range(400)]
+    assert sum(one in task.wordings for one in asked) / len(asked) == pytest.approx(1 - PHRASED, abs=0.1)
+    assert {*asked} >= {*task.wordings}
+    assert {(task.pose(facts, Random(seed), task.held_out) or ("",))[0] for seed in range(99)} == {*task.held_out}
 
 
 @pytest.mark.parametrize(("task", "wording"), EVERY)
@@ -112,7 +136,7 @@ def test_segments() -> None:
     assert shown(turns).startswith("<|spk1|> <|0.32|> <|1.20|> <|spk2|> <|1.00|> <|2.12|>")
     assert TASKS["turns"].read(turns).segments[1] == Segment("spk2", 1.0, 2.12)
     assert TASKS["activity"].write(facts) == (Time(0.32), Time(2.12), Time(2.4), Time(3.0))
-    assert TASKS["speakers"].write(facts) == ("two",)
+    assert TASKS["speakers"].write(facts) == ("1 2 1: two",)
     silent = Facts(4.0, segments=(Segment("ann", 0, 1),))
     assert TASKS["diarize"].write(silent) is None  # the words are not known
     assert TASKS["turns"].write(silent) == (Speaker(1), Time(0), Time(1))
@@ -145,6 +169,17 @@ def test_labels() -> None:
         assert wrong.label is None
         assert wrong.faults
         assert TASKS[name].pose(Facts(1.0), Random(0)) is None
+
+
+def test_speakers_are_counted_after_their_turns() -> None:
+    task = TASKS["speakers"]
+    again = Segment("ann", 2.2, 2.4, "so")  # goes on: no new turn
+    assert task.write(Facts(4.0, segments=(*TURNS, again))) == ("1 2 1: two",)
+    assert task.write(Facts(1.0, segments=(again,))) == ("1: one",)
+    assert task.write(Facts(1.0, segments=(Segment(None, 0, 1),))) is None
+    for answer, label in (("1 2 1: two", "two"), ("Two.", "two"), ("1 2:", None), ("1 2: many", None)):
+        parsed = task.read((answer,))
+        assert (parsed.text, parsed.label, bool(parsed.faults)) == (answer, label, label is None)
 
 
 def test_accents_by_name_or_by_first_language() -> None:
@@ -180,7 +215,6 @@ def test_questions_with_a_gap_are_asked_both_ways() -> None:
             assert answer == f"{'angry' if name == 'is_emotion' else 'two dogs run'}: {label}"
             assert task.read((f"{label}.",)).label == label and task.read((f"{label} and more",)).faults
             seen.add((about, label))
-            assert asked[0].replace(str(about), "{}") in task.wordings
         assert seen == {(a, "yes") for a in own} | {(a, "no") for a in theirs}
         alone = task.pose(facts, Random(1), None, lambda: same)
         assert alone is not None and task.read(alone[1]).label == "yes"

@@ -1,5 +1,6 @@
 """What a task is: the words that ask for it, how its answer is written and read back, and its metric."""
 
+from speechllm.tasks import phrases as p
 from speechllm.tasks import wordings as w
 from speechllm.tasks.answer import Facts, ParsedAnswer, Part, Parts, Segment, Speaker, Time, shown
 from speechllm.tasks.base import Metric, Task, normalize_instruction
@@ -50,8 +51,8 @@ def _in(language: str, texts: tuple[str, ...]) -> tuple[str, ...]:
 def _translations() -> list[Task]:
     tasks: list[Task] = []
     for code, name in TARGETS.items():
-        spoken = (_in(name, w.TRANSLATE), _in(name, w.TRANSLATE_HELD_OUT))
-        written = (_in(name, w.TRANSLATE_TEXT), _in(name, w.TRANSLATE_TEXT_HELD_OUT))
+        spoken = (_in(name, w.TRANSLATE), _in(name, w.TRANSLATE_HELD_OUT), _in(name, p.TRANSLATE))
+        written = (_in(name, w.TRANSLATE_TEXT), _in(name, w.TRANSLATE_TEXT_HELD_OUT), _in(name, p.TRANSLATE_TEXT))
         tasks += [
             Words(f"translate_{code}", "bleu", *spoken, target=code),
             TextTranslation(f"translate_text_{code}", "bleu", *written, target=code),
@@ -62,21 +63,21 @@ def _translations() -> list[Task]:
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Words("transcribe", "wer", w.TRANSCRIBE, w.TRANSCRIBE_HELD_OUT),
-        Timed("transcribe_times", "wer", w.TRANSCRIBE_TIMES, w.TRANSCRIBE_TIMES_HELD_OUT),
+        Words("transcribe", "wer", w.TRANSCRIBE, w.TRANSCRIBE_HELD_OUT, p.TRANSCRIBE),
+        Timed("transcribe_times", "wer", w.TRANSCRIBE_TIMES, w.TRANSCRIBE_TIMES_HELD_OUT, p.TRANSCRIBE_TIMES),
         *_translations(),
-        Timed("diarize", "turns", w.DIARIZE, w.DIARIZE_HELD_OUT, speakers=True),
-        Timed("turns", "turns", w.TURNS, w.TURNS_HELD_OUT, speakers=True, words=False),
-        VoiceActivity("activity", "activity", w.ACTIVITY, w.ACTIVITY_HELD_OUT),
-        Emotion("emotion", "accuracy", w.EMOTION, w.EMOTION_HELD_OUT),
-        IsEmotion("is_emotion", "accuracy", w.IS_EMOTION, w.IS_EMOTION_HELD_OUT),
-        Language("language", "accuracy", w.LANGUAGE, w.LANGUAGE_HELD_OUT),
-        Gender("gender", "accuracy", w.GENDER, w.GENDER_HELD_OUT),
-        Accent("accent", "accuracy", w.ACCENT, w.ACCENT_HELD_OUT),
-        NumberOfSpeakers("speakers", "accuracy", w.SPEAKERS, w.SPEAKERS_HELD_OUT),
-        SpokenWord("spoken_word", "accuracy", w.SPOKEN_WORD, w.SPOKEN_WORD_HELD_OUT),
-        Intent("intent", "slots", w.INTENT, w.INTENT_HELD_OUT),
-        NextText("next_text", "wer", w.NEXT_TEXT, w.NEXT_TEXT_HELD_OUT),
+        Timed("diarize", "turns", w.DIARIZE, w.DIARIZE_HELD_OUT, p.DIARIZE, speakers=True),
+        Timed("turns", "turns", w.TURNS, w.TURNS_HELD_OUT, p.TURNS, speakers=True, words=False),
+        VoiceActivity("activity", "activity", w.ACTIVITY, w.ACTIVITY_HELD_OUT, p.ACTIVITY),
+        Emotion("emotion", "accuracy", w.EMOTION, w.EMOTION_HELD_OUT, p.EMOTION),
+        IsEmotion("is_emotion", "accuracy", w.IS_EMOTION, w.IS_EMOTION_HELD_OUT, p.IS_EMOTION),
+        Language("language", "accuracy", w.LANGUAGE, w.LANGUAGE_HELD_OUT, p.LANGUAGE),
+        Gender("gender", "accuracy", w.GENDER, w.GENDER_HELD_OUT, p.GENDER),
+        Accent("accent", "accuracy", w.ACCENT, w.ACCENT_HELD_OUT, p.ACCENT),
+        NumberOfSpeakers("speakers", "accuracy", w.SPEAKERS, w.SPEAKERS_HELD_OUT, p.SPEAKERS),
+        SpokenWord("spoken_word", "accuracy", w.SPOKEN_WORD, w.SPOKEN_WORD_HELD_OUT, p.SPOKEN_WORD),
+        Intent("intent", "slots", w.INTENT, w.INTENT_HELD_OUT, p.INTENT),
+        NextText("next_text", "wer", w.NEXT_TEXT, w.NEXT_TEXT_HELD_OUT, p.NEXT_TEXT),
     )
 }
 

@@ -12,7 +12,9 @@ from random import Random
 from typing import Literal
 
 from speechllm.tasks.answer import Facts, ParsedAnswer, Parts
+from speechllm.tasks.phrases import CHOICE, drawn
 
+PHRASED = 0.5  # share of training's instructions that are drawn from phrases, where a task has them
 Others = Callable[[], Facts]  # draws another recording of the corpus
 Metric = Literal["wer", "bleu", "accuracy", "turns", "activity", "slots"]
 
@@ -27,6 +29,7 @@ class Task(ABC):
     """What every task has. The wordings of some have a gap, ``{}``, for what is asked about: a word, an emotion.
 
     wordings: instructions used in training. held_out: instructions never trained on, to test unseen wordings.
+    phrases: more for training, each of many wordings; see :mod:`speechllm.tasks.phrases`.
     listens: whether the answer comes from the audio; otherwise the instruction holds all that is needed.
     marks: whether answers hold marks of times or speakers.
     """
@@ -35,6 +38,7 @@ class Task(ABC):
     metric: Metric
     wordings: tuple[str, ...]
     held_out: tuple[str, ...]
+    phrases: tuple[str, ...] = ()
     listens: bool = True
     marks: bool = False
 
@@ -53,7 +57,8 @@ class Task(ABC):
     def pose(
         self, facts: Facts, rng: Random, wordings: tuple[str, ...] | None = None, others: Others | None = None
     ) -> tuple[str, Parts] | None:
-        """An instruction, drawn from ``wordings`` (the trained ones unless given), and its answer; None if unknown.
+        """An instruction, drawn from ``wordings`` (unless given, from all that are trained, half of them from the
+        phrases), and its answer; None if unknown.
 
         Without ``others`` nothing is asked that is to be answered with no.
         """
@@ -62,7 +67,11 @@ class Task(ABC):
         if answer is None:
             return None
         assert argument is not None
-        return rng.choice(wordings or self.wordings).replace("{}", argument), answer
+        if self.phrases and not wordings and rng.random() < PHRASED:
+            wording = drawn(rng.choice(self.phrases), rng)
+        else:
+            wording = rng.choice(wordings or self.wordings)
+        return wording.replace("{}", argument), answer
 
     def fits(self, argument: str) -> bool:
         """Whether the gap of a wording may be filled with this."""
@@ -73,7 +82,7 @@ class Task(ABC):
 
         Case, white space and final punctuation do not matter.
         """
-        for pattern in _patterns(self.wordings + self.held_out):
+        for pattern in _patterns(self.wordings + self.held_out + self.phrases):
             if found := pattern.fullmatch(bare(instruction)):
                 argument = found[1].strip() if pattern.groups else ""
                 if self.fits(argument):
@@ -83,20 +92,33 @@ class Task(ABC):
 
 @cache
 def _patterns(wordings: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
+    """Of wordings, and of phrases."""
     patterns = []
     for wording in wordings:
-        before, gap, after = wording.partition("{}")
-        ends = re.escape(bare(after))
-        patterns.append(re.compile(f"{re.escape(bare(before, False))}(.+){ends}" if gap else re.escape(bare(wording))))
+        before, gap, after = wording.casefold().partition("{}")
+        patterns.append(re.compile(f"{_source(before, False)}(.+){_source(after)}" if gap else _source(before)))
     return tuple(patterns)
 
 
-def bare(text: str, ends: bool = True) -> str:
-    """Lower case, white space collapsed and, where the text ``ends`` the instruction, no final punctuation."""
-    text = re.sub(r"\s+", " ", text).casefold()
-    while ends and text and (unicodedata.category(text[-1])[0] == "P" or text[-1].isspace()):
+def _source(text: str, ends: bool = True) -> str:
+    """A regular expression for a text with choices: without final punctuation where it ``ends`` the instruction."""
+    pieces = CHOICE.split(text)  # what is fixed, and choices, in turn
+    if ends:
+        pieces[-1] = _unended(pieces[-1])
+    pieces[::2] = map(re.escape, pieces[::2])
+    pieces[1::2] = [f"(?:{'|'.join(map(re.escape, choice.split('|')))})" for choice in pieces[1::2]]
+    return "".join(pieces)
+
+
+def bare(text: str) -> str:
+    """Lower case, white space collapsed, and no final punctuation."""
+    return _unended(re.sub(r"\s+", " ", text).casefold()).lstrip()
+
+
+def _unended(text: str) -> str:
+    while text and (unicodedata.category(text[-1])[0] == "P" or text[-1].isspace()):
         text = text[:-1]
-    return text.lstrip()
+    return text
 
 
 def collapsed(text: str) -> str:

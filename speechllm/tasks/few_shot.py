@@ -108,8 +108,17 @@ def _speech(facts: Facts, speaker: str | None) -> Iterable[str]:
 def few_shot_tasks(transcribe: tuple[str, ...], held_out: tuple[str, ...]) -> dict[str, FewShot]:
     """By name. transcribe, held_out: wordings that ask for transcripts."""
 
-    def labels(name: str, keys: Keys, **options: bool) -> FewShotLabel:
-        return FewShotLabel(f"few_shot_{name}", "accuracy", LABEL, LABEL_HELD_OUT, keys=keys, **options)
+    def labels(name: str, keys: Keys, listens: bool = True, whole: bool = True, across: bool = False) -> FewShotLabel:
+        return FewShotLabel(
+            f"few_shot_{name}",
+            "accuracy",
+            LABEL,
+            LABEL_HELD_OUT,
+            keys=keys,
+            listens=listens,
+            whole=whole,
+            across=across,
+        )
 
     def words(name: str, keys: Keys, most: float = math.inf) -> FewShotWords:
         return FewShotWords(f"few_shot_{name}", "wer", transcribe, held_out, keys=keys, most=most)

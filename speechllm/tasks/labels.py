@@ -6,6 +6,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 from random import Random
 
 from speechllm.metrics import normalize_text
@@ -124,8 +125,32 @@ class Accent(Trait):
 
 
 @dataclass(frozen=True)
-class NumberOfSpeakers(Trait):
+class Told(Label):
+    """What the label follows from is told before it, in any words: ``left: no``. Then only hearing is left to learn,
+    and that is learnt from other tasks too (chain of thought, Wei et al. 2022).
+    """
+
+    @property
+    def answers(self) -> dict[str, str]:
+        return {}
+
+    def read(self, parts: Parts) -> ParsedAnswer:
+        return replace(super().read((words_of(parts).rpartition(":")[2],)), text=words_of(parts))
+
+
+@dataclass(frozen=True)
+class NumberOfSpeakers(Trait, Told):
+    """The speakers are named in turn, numbered by first appearance, before they are counted: ``1 2 1: two``."""
+
     labels: tuple[str, ...] = NUMBERS
+
+    def write(self, facts: Facts, argument: str = "") -> Parts | None:
+        label, numbers = self.of(facts), dict[str | None, str]()
+        if label is None:
+            return None
+        turns = sorted(facts.segments, key=lambda segment: (segment.start, segment.end))
+        heard = [numbers.setdefault(turn.speaker, str(len(numbers) + 1)) for turn in turns]
+        return (": ".join(filter(None, (" ".join(number for number, _ in groupby(heard)), label))),)
 
     def of(self, facts: Facts) -> str | None:
         if facts.text == "":
@@ -167,9 +192,8 @@ class YesNo(Label):
 
 @dataclass(frozen=True)
 class IsEmotion(YesNo):
-    """The emotion that is heard is told before the answer: ``sad: no``. That then follows from the words before it, and
-    only hearing the emotion is left to learn, as for the task that asks for it (chain of thought, Wei et al. 2022); an
-    answer that had to do both at once was not learnt.
+    """As :class:`Told`, but in words that are known: the emotion is told before the answer, ``sad: no``. An answer that
+    had to do both at once was not learnt.
     """
 
     @property
@@ -189,16 +213,10 @@ class IsEmotion(YesNo):
 
 
 @dataclass(frozen=True)
-class SpokenWord(YesNo):
-    """All that is heard is told before the answer: ``left: no``. As for :class:`IsEmotion` the answer then follows from
-    reading, and the hearing is that of transcribing.
-    """
+class SpokenWord(YesNo, Told):
+    """All that is heard is told before the answer, which then follows from reading."""
 
     SHORTEST = 3  # letters of a word that is asked about
-
-    @property
-    def answers(self) -> dict[str, str]:
-        return {}
 
     def write(self, facts: Facts, argument: str = "") -> Parts | None:
         own = self.of(facts)
@@ -206,8 +224,8 @@ class SpokenWord(YesNo):
             return None
         return (": ".join(filter(None, (normalize_text(facts.text or ""), YES if argument in own else NO))),)
 
-    def read(self, parts: Parts) -> ParsedAnswer:
-        return replace(super().read((words_of(parts).rpartition(":")[2],)), text=words_of(parts))
+    def fits(self, argument: str) -> bool:
+        return '"' not in argument
 
     def of(self, facts: Facts) -> frozenset[str] | None:
         if facts.text is None:
