@@ -104,19 +104,24 @@ def test_plain_text_is_any_text_that_may_be_said(task: Task | None) -> None:
     assert accepts(grammar, written("Two dogs: 3 \u5b57 \U0001f600 <unk>"))
 
 
-def test_an_open_answer_ends_once_it_can_be_read() -> None:
-    task = TASKS["spoken_word"]
-    grammar = GRAMMARS.of(task, seconds=2.0)
-    for answer, whole in (
-        ("two dogs: yes", True),
-        ("no", True),
-        ("two dogs:", False),
-        ("", False),
-        ("yes: dogs", False),
-    ):
-        ids = written(answer)
-        assert accepts(grammar, ids[:-1]) and accepts(grammar, ids) == whole
-        assert bool(task.read((answer,)).faults) != whole
+@pytest.mark.parametrize(
+    ("name", "answer", "whole"),
+    [
+        ("spoken_word", "two dogs: yes", True),
+        ("spoken_word", "no", True),
+        ("spoken_word", "two dogs:", False),
+        ("spoken_word", "", False),
+        ("spoken_word", "yes: dogs", False),
+        ("speakers", "1 2 1: two", True),
+        ("speakers", "none", True),
+        ("speakers", "1 2 1", False),
+    ],
+)
+def test_an_open_answer_ends_once_it_can_be_read(name: str, answer: str, whole: bool) -> None:
+    task = TASKS[name]
+    grammar, ids = GRAMMARS.of(task, seconds=2.0), written(answer)
+    assert accepts(grammar, ids[:-1]) and accepts(grammar, ids) == whole
+    assert bool(task.read((answer,)).faults) != whole
     mask = grammar.allowed(grammar.start)
     assert set(ids_of(mask)) == set(range(TEXT.size)) - set(TEXT.hidden_ids)
 

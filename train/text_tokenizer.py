@@ -7,6 +7,7 @@ import string
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Annotated
 
 import sentencepiece
@@ -14,6 +15,7 @@ import typer
 
 from speechllm.errors import InputError
 from speechllm.tasks import TASKS
+from speechllm.tasks.phrases import drawn
 from speechllm.text import SentencePieceTokenizer
 
 LANGUAGES = ("en", "de", "fr", "cs")
@@ -87,10 +89,11 @@ def main(
     vocab_size: Annotated[int, typer.Option(help="Number of text pieces, the 256 bytes among them.")] = 3000,
 ) -> None:
     """Train the SentencePiece text model on image captions and the instructions of the tasks."""
-    wordings = [wording for task in TASKS.values() for wording in task.wordings]
+    rng = Random(0)
+    asked = [w for task in TASKS.values() for w in (*task.wordings, *(drawn(phrase, rng) for phrase in task.phrases))]
     try:
         lines = [caption for path in captions for caption in read_captions(path)]
-        tokenizer = train_text_tokenizer(lines + wordings * INSTRUCTION_REPEATS, vocab_size, out)
+        tokenizer = train_text_tokenizer(lines + asked * INSTRUCTION_REPEATS, vocab_size, out)
     except InputError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error

@@ -131,13 +131,8 @@ class Schedule:
             places = self._next(task, corpus, int(here.sum()), step, rng)
             rows[here] = self.pools[task][corpus].rows[places]
             lengths[here] = lengths_of[number][places]
-        also: list[tuple[str, ...]] = [()] * len(drawn)
-        if self._further:
-            ids = np.stack([further[rows] for further in self._further.values()], 1)  # [draws, tasks]
-            asked = (rng.random(ids.shape) < added[drawn]) & np.isfinite(ids)
-            lengths += np.where(asked, ids, 0).sum(1)
-            names = np.array([*self._further])
-            also = [tuple(names[more].tolist()) for more in asked]
+        also, more = self._ask_further(rows, added[drawn], rng)
+        lengths += more
         order = np.argsort(lengths, kind="stable")
         ends = np.cumsum(lengths[order])
         # each batch begins where its share of all ids does, and has one example at least
@@ -177,6 +172,20 @@ class Schedule:
                 chances[number] = np.minimum(1, (self.questions - 1) * own / own.sum())
                 chances[number, tasks.index(task)] = 0
         return chances
+
+    def _ask_further(
+        self, rows: np.ndarray, chances: np.ndarray, rng: np.random.Generator
+    ) -> tuple[list[tuple[str, ...]], np.ndarray]:
+        """For each draw the tasks that are asked further, and how many ids they add ``[draws]``.
+
+        rows: recordings ``[draws]``. chances: ``[draws, tasks]``.
+        """
+        if not self._further:
+            return [()] * len(rows), np.zeros(len(rows))
+        ids = np.stack([further[rows] for further in self._further.values()], 1)  # [draws, tasks]
+        asked = (rng.random(ids.shape) < chances) & np.isfinite(ids)
+        names = np.array([*self._further])
+        return [tuple(names[own].tolist()) for own in asked], np.where(asked, ids, 0).sum(1)
 
     def _mean_added(self, task: str, corpus: str, step: int) -> np.ndarray:
         """[tasks]: ids that a task adds where it is asked further, the mean over a pool; 0 where it cannot be."""

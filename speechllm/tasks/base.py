@@ -28,8 +28,9 @@ def normalize_instruction(text: str) -> str:
 class Task(ABC):
     """What every task has. The wordings of some have a gap, ``{}``, for what is asked about: a word, an emotion.
 
-    wordings: instructions used in training. held_out: instructions never trained on, to test unseen wordings.
-    phrases: more for training, each of many wordings; see :mod:`speechllm.tasks.phrases`.
+    wordings: instructions for training; the first is what evaluations ask. held_out: instructions never trained on, to
+    test unseen wordings. phrases: of many wordings each, for the other half of training; see
+    :mod:`speechllm.tasks.phrases`.
     listens: whether the answer comes from the audio; otherwise the instruction holds all that is needed.
     marks: whether answers hold marks of times or speakers.
     """
@@ -67,10 +68,10 @@ class Task(ABC):
         if answer is None:
             return None
         assert argument is not None
-        if self.phrases and not wordings and rng.random() < PHRASED:
+        if wordings is None and self.phrases and rng.random() < PHRASED:
             wording = drawn(rng.choice(self.phrases), rng)
         else:
-            wording = rng.choice(wordings or self.wordings)
+            wording = rng.choice(self.wordings if wordings is None else wordings)
         return wording.replace("{}", argument), answer
 
     def fits(self, argument: str) -> bool:
@@ -78,12 +79,13 @@ class Task(ABC):
         return True
 
     def match(self, instruction: str) -> str | None:
-        """The argument with which ``instruction`` is a wording of this task, or None when it is not one.
+        """The argument with which ``instruction`` is a wording of this task, or of its phrases, or None when it is not.
 
         Case, white space and final punctuation do not matter.
         """
+        typed = bare(instruction)
         for pattern in _patterns(self.wordings + self.held_out + self.phrases):
-            if found := pattern.fullmatch(bare(instruction)):
+            if found := pattern.fullmatch(typed):
                 argument = found[1].strip() if pattern.groups else ""
                 if self.fits(argument):
                     return argument
@@ -116,9 +118,10 @@ def bare(text: str) -> str:
 
 
 def _unended(text: str) -> str:
-    while text and (unicodedata.category(text[-1])[0] == "P" or text[-1].isspace()):
-        text = text[:-1]
-    return text
+    end = len(text)
+    while end and (unicodedata.category(text[end - 1])[0] == "P" or text[end - 1].isspace()):
+        end -= 1
+    return text[:end]
 
 
 def collapsed(text: str) -> str:

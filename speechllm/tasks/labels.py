@@ -150,7 +150,7 @@ class NumberOfSpeakers(Trait, Told):
             return None
         turns = sorted(facts.segments, key=lambda segment: (segment.start, segment.end))
         heard = [numbers.setdefault(turn.speaker, str(len(numbers) + 1)) for turn in turns]
-        return (": ".join(filter(None, (" ".join(number for number, _ in groupby(heard)), label))),)
+        return (label if label == NUMBERS[0] else f"{' '.join(number for number, _ in groupby(heard))}: {label}",)
 
     def of(self, facts: Facts) -> str | None:
         if facts.text == "":
