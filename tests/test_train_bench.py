@@ -29,6 +29,7 @@ from train.setup import make_mixture, make_schedule, make_start
 
 SETTINGS: dict[str, Any] = {
     "out": "unused", "corpora": {"unused": 1}, "dev_corpora": [], "steps": 500,
+    "task_corpora": {"transcribe": {"unused": 1}},
     "tasks": {"transcribe": 0.8, "translate_de": 0.2}, "batch_tokens": 300, "row_length": 1, "ctc_layer": 1,
     "model": {"hidden_size": 32, "num_layers": 2, "expert_size": 32, "num_experts": 4, "max_positions": 1024},
 }  # fmt: skip
@@ -181,6 +182,11 @@ def test_a_config_that_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     path = write_yaml(tmp_path / "other.yaml", {k: v for k, v in SETTINGS.items() if k != "model"} | {"init_from": "x"})
     with pytest.raises(InputError, match=r"other\.yaml: init_from is not measured"):
         bench.prepared(path, tmp_path)
+
+
+def test_other_values_must_go_together(config: Pretraining) -> None:
+    with pytest.raises(InputError, match=r"as it is measured: batch_tokens: Input should be greater than"):
+        bench.changed(config, {"batch_tokens": 0})
 
 
 def test_the_command_writes_tables_json_and_a_picture(tmp_path: Path) -> None:

@@ -21,10 +21,11 @@ import datasets
 import torch
 import transformers
 import typer
+from pydantic import ValidationError
 from rich.progress import Progress
 
 from speechllm.codec import load_codec
-from speechllm.errors import InputError
+from speechllm.errors import InputError, first_problem
 from train.bench_corpus import make_corpus
 from train.bench_gpu import measure_gpu
 from train.bench_report import ALL, PLAIN, SAME, summary, write_report
@@ -38,7 +39,7 @@ from train.pretrain_config import Pretraining
 CONFIGS = Path(__file__).parent / "configs"
 ROWS = {"captions": (1500, 1.0), "talks": (400, 3.0)}  # how many, and their weight within a task
 # the mixture as it is once everything has come in; speed does not depend on what is known already
-STEADY: dict[str, Any] = {"dev_corpora": [], "start_from": None, "short_first": 0, "curriculum": {}}
+STEADY: dict[str, Any] = {"dev_corpora": [], "start_from": None, "short_first": 0, "curriculum": {}, "task_corpora": {}}
 # the loss of the plain way
 SAME_LOSS: dict[str, Any] = {
     **dict.fromkeys(("ctc_weight", "trait_weight", "aux_weight", "audio_weight", "router_z_weight"), 0.0),
@@ -50,7 +51,7 @@ def prepared(path: Path, folder: Path) -> Pretraining:
     """A config as it is measured: on made-up corpora under ``folder``.
 
     Raises:
-        InputError: it cannot be read, or begins with somebody else's model.
+        InputError: it cannot be read, begins with somebody else's model, or does not fit these corpora.
     """
     config = read_config(path, Pretraining)
     if config.init_from:
@@ -62,8 +63,11 @@ def prepared(path: Path, folder: Path) -> Pretraining:
 
 
 def changed(config: Pretraining, values: dict[str, Any]) -> Pretraining:
-    """The config with other values."""
-    return Pretraining.model_validate(config.model_dump(exclude_unset=True) | values)
+    """The config with other values. Raises InputError where they do not go together."""
+    try:
+        return Pretraining.model_validate(config.model_dump(exclude_unset=True) | values)
+    except ValidationError as error:
+        raise InputError(f"{config.name}, as it is measured: {first_problem(error)}") from error
 
 
 def measure(name: str, config: Pretraining, steps: int, repeats: int, bar: Progress) -> dict[str, Any]:

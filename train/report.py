@@ -19,6 +19,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 COLUMNS = 6  # of panels; two tasks share a row
+# Inches: of a panel with what is around it, of labels, of the legend. Matplotlib finds them too, but in longer than all
+# the rest takes.
+WIDE, HIGH, LABELS, LEGEND = 3.4, 2.3, 0.55, 0.6
 GREY = "0.75"
 STYLES = ("-", "--", ":")  # of the scores of a task, the first is the one that counts
 
@@ -101,8 +104,20 @@ def plot_report(path: Path, tasks: Mapping[str, Sequence[str]], out: Path) -> No
         rows.append([(3 * side + n, panel) for side, panels in enumerate(pair) for n, panel in enumerate(panels)])
     if not rows:
         return
+    wide, high = WIDE * COLUMNS, HIGH * len(rows) + LEGEND
     figure, axes = plt.subplots(
-        len(rows), COLUMNS, figsize=(3.4 * COLUMNS, 2.3 * len(rows)), squeeze=False, layout="constrained"
+        len(rows),
+        COLUMNS,
+        figsize=(wide, high),
+        squeeze=False,
+        gridspec_kw={
+            "left": LABELS / wide,
+            "right": 1 - LABELS / 2 / wide,
+            "bottom": LABELS / 2 / high,
+            "top": 1 - LEGEND / high,
+            "wspace": LABELS / (WIDE - LABELS),
+            "hspace": LABELS / (HIGH - LABELS),
+        },
     )
     for axis in axes.flat:
         axis.set_visible(False)
@@ -114,7 +129,7 @@ def plot_report(path: Path, tasks: Mapping[str, Sequence[str]], out: Path) -> No
                 row[column].legend(fontsize=6, framealpha=0.6)
     if of_tasks:
         handles = [Line2D([], [], color=color, label=label) for label, color in {"training": GREY, **colors}.items()]
-        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=9)
+        figure.legend(handles=handles, loc="upper center", ncols=len(handles), fontsize=9)
     figure.savefig(out, dpi=100)
     plt.close(figure)
 
