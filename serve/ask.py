@@ -116,6 +116,8 @@ def ask(
             prompt.check_clips()
         labels = tuple(label or ()) or (prompt.labels if prompt else ())
         task = prompt.task if prompt and not label else None
+        if also and (labels or task):
+            raise InputError("--also: labels, or a prompt file's task, are for one question: ask the others alone")
         options = Options(temperature, top_p, seed, beams, max_tokens, timeout, min_confidence, labels, task)
         files = files or [_recorded(folder)]
 
@@ -124,7 +126,7 @@ def ask(
 
         answerer = make_answerer(model, device, adapter, batch, quantize)
         second = make_answerer(fallback, device, None, batch, quantize) if fallback else None
-        warn(answerer, instructions, options)
+        warn(answerer, instructions, options, examples_given)
         examples = examples_of(answerer, prompt) if prompt else []
         solved = map(parse_shot, shot or ())
         examples += [answerer.shot(listen_shot(answerer, path), instruction, answer) for path, answer in solved]

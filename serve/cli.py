@@ -57,7 +57,7 @@ def info(model: ModelOption = None) -> None:
         checkpoint = load(model, Device.cpu)
         from speechllm.adapter import adapter_names, describe_adapter
         from speechllm.model import parameter_counts
-        from speechllm.tasks import TRAINABLE
+        from speechllm.tasks import FEW_SHOT, TRAINABLE
 
         lm, codec, vocabulary, settings = checkpoint.lm, checkpoint.codec, checkpoint.vocabulary, checkpoint.settings
         total, used = parameter_counts(lm)
@@ -77,10 +77,13 @@ def info(model: ModelOption = None) -> None:
             "longest clip": f"{settings.max_audio_seconds:g} s; longer audio is answered piece by piece",
             "longest answer": f"{settings.max_answer_tokens} text pieces for each piece of audio",
         }
-        for name in settings.tasks:
+        taught = [name.removeprefix("few_shot_") for name in settings.tasks if name in FEW_SHOT]
+        for name in (name for name in settings.tasks if name not in FEW_SHOT):
             known = TRAINABLE.get(name)
             wording = known.wordings[0].replace("{}", "…") if known else "(unknown to this version)"
             rows[f"task {name}"] = f'"{wording}", or other words for it'
+        if taught:
+            rows["by examples"] = f"{', '.join(taught)}: what solved examples say of them, see speechllm prompts"
         for name in adapter_names(checkpoint.folder):
             rows[f"adapter {name}"] = describe_adapter(checkpoint.folder, name)
         width = max(map(len, rows))

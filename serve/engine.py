@@ -325,7 +325,8 @@ def check_room(request: Request, search: Search, positions: int) -> None:
     if len(request.prompt) > room:
         raise InputError(
             f"a prompt of {len(request.prompt)} ids exceeds the {room} the model has room for: "
-            "use fewer or shorter shots, a shorter instruction or a shorter answer"
+            f"{positions} less {search.max_tokens} for the answer. Use fewer or shorter shots, a shorter instruction "
+            "or a shorter answer"
         )
 
 

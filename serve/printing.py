@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from textwrap import shorten
 
 from serve.answer import Answer, Failure
 from serve.answerer import Answerer
@@ -18,12 +19,20 @@ from speechllm.prompt import Example
 from speechllm.tasks import find_task
 
 
-def warn(answerer: Answerer, instructions: Sequence[str], options: Options) -> None:
-    """Say which of the instructions are tasks that the checkpoint was not trained on."""
+def warn(answerer: Answerer, instructions: Sequence[str], options: Options, examples: bool) -> None:
+    """Say which of the instructions are no task that the checkpoint was trained on, where nothing else says what is
+    wanted: labels, a task that is named, or examples."""
+    if options.labels or options.task or examples:
+        return
     known = answerer.checkpoint.settings.tasks
     for instruction in instructions:
         task = find_task(instruction)
-        if task is not None and task.name not in known and not options.labels:
+        if task is None and instruction.strip():
+            complain(
+                f"note: {shorten(instruction, 60)!r} is no wording that a task is known by: the answer is what the "
+                "model makes of it; `speechllm info` has the tasks"
+            )
+        elif task and task.name not in known:
             complain(f"warning: this checkpoint was not trained on the task {task.name}; it knows {', '.join(known)}")
 
 

@@ -80,6 +80,14 @@ def test_what_is_withheld_is_asked_elsewhere(tiny_checkpoint: Path, tmp_path: Pa
     assert again.stdout.splitlines() == texts(tiny_checkpoint, files, [ASK])
 
 
+def test_an_instruction_that_is_no_known_wording_is_told(tiny_checkpoint: Path, files: list[str]) -> None:
+    told = "'Was wird gesagt?' is no wording that a task is known by"
+    assert told in ask(tiny_checkpoint, "Was wird gesagt?", *files).stderr
+    for given in (("--label", "a"), ("--shot", f"{files[0]}=a")):
+        assert told not in ask(tiny_checkpoint, "Was wird gesagt?", *files, *given).stderr
+    assert "no wording" not in ask(tiny_checkpoint, ASK, *files).stderr
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -87,6 +95,7 @@ def test_what_is_withheld_is_asked_elsewhere(tiny_checkpoint: Path, tmp_path: Pa
         (["--stream", "-o", "out"], "leave --output-dir out"),
         (["--stream", "--min-confidence", "0.5"], "leave --beams, --min-confidence, --fallback out"),
         (["--also", OTHER, "-f", "srt"], "room for one answer"),
+        (["--also", OTHER, "--label", "a"], "are for one question"),
         (["--microphone"], "leave one of them out"),
         (["--beams", "2", "--temperature", "1"], "give one of them"),
         (["--temperature", "-1"], "temperature must be from 0 to 2"),

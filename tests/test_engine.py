@@ -257,7 +257,8 @@ def test_a_request_for_many_beams_is_not_passed_by_others(engine: Engine) -> Non
 def test_what_does_not_fit_is_refused_before_it_is_in_line(engine: Engine) -> None:
     most = SIZES.max_positions
     (ids,) = random_ids(most)
-    with pytest.raises(InputError, match=rf"a prompt of {most - NEW + 1} ids exceeds the {most - NEW} .* fewer or sh"):
+    asked = f"a prompt of {most - NEW + 1} ids exceeds the {most - NEW} .* for the answer. Use fewer or shorter shots"
+    with pytest.raises(InputError, match=asked):
         engine.prepare(request_of(ids[: most - NEW + 1]))
     with pytest.raises(InputError, match="5 beams do not fit a batch of 4"):
         engine.prepare(request_of(ids[:5], Options(beams=5)))

@@ -186,16 +186,17 @@ def test_marks_are_marks_only_where_the_task_has_them(tiny_checkpoint: Path, cli
 
 
 def test_the_task_of_a_prompt_file_holds(timed: Path, clips: list[str], tmp_path: Path) -> None:
-    """Without a shot too, streamed or not, and like labels for all that is asked."""
+    """Without a shot too, streamed or not."""
     shots = "shots: [{audio: a.wav, answer: <|spk1|><|0.00|> Hello. <|0.48|>}]"
     for lines in ((), (shots,)):
         path = str(table(tmp_path / "p.yaml", f"instruction: {OWN_WORDS}", "task: diarize", *lines))
-        asked = ask(timed, OWN_WORDS, clips[1], "--shots", path, "--also", "Hum", "-f", "json")
-        first, second = map(json.loads, asked.stdout.splitlines())
-        assert first["task"] == second["task"] == "diarize"
-        assert "<|" in first["text"] and "<|" in second["text"]
+        first = json.loads(ask(timed, OWN_WORDS, clips[1], "--shots", path, "-f", "json").stdout)
+        assert first["task"] == "diarize"
+        assert "<|" in first["text"]
         streamed = ask(timed, OWN_WORDS, clips[1], "--shots", path, "--stream")
         assert streamed.stdout.strip() == first["text"]
+        refused = ask(timed, OWN_WORDS, clips[1], "--shots", path, "--also", "Hum")
+        assert refused.exit_code == 2 and "are for one question" in refused.stderr
     assert "<|" not in ask(timed, OWN_WORDS, clips[1]).stdout
 
 

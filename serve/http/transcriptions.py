@@ -59,6 +59,8 @@ class AudioForm(AskFields):
         """Raises ApiError 400 for what no answer could do justice to."""
         if self.prompt:
             raise ApiError(400, "prompt: this model continues no text; say what to do in `instruction`", param="prompt")
+        if self.also and self.labels:
+            raise ApiError(400, "also: labels are for one question; ask the others alone", param="also")
         if self.response_format not in ("json", "verbose_json"):
             if self.also:
                 raise ApiError(400, f"also: {self.response_format} has room for one answer; use json", param="also")
