@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from speechllm.errors import InputError, first_problem
+from speechllm.errors import InputError, first_error, first_problem
 
 SUFFIX = ".yaml"
 CLIPS_TABLE = "clips.yaml"  # in a folder of prompt files: how their clips are made, by train/prompt_clips.py
@@ -71,7 +71,7 @@ def read_prompt_file(path: str | Path) -> PromptFile:
     try:
         told = _Prompt.model_validate(values)
     except ValidationError as error:
-        location = error.errors()[0]["loc"]
+        location = first_error(error)["loc"]
         raise InputError(f"{path}, line {_line(root, location)}: {first_problem(error)}") from error
     if wrong := _contradiction(told):
         location, message = wrong

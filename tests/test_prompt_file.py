@@ -48,7 +48,7 @@ def test_an_instruction_is_enough(tmp_path: Path) -> None:
         (["instruction: x", "shots: [{audio: a.wav}]"], 2, r"shots\.0\.answer: Field required"),
         (["instruction: x", "shots:", "- {audio: a, answer: b}", "- audio: a"], 4, r"shots\.1\.answer: Field required"),
         (["instruction: x", "shots:", "- audio: a", "  answer: [b]"], 4, r"shots\.0\.answer: Input should be a valid"),
-        (["instruction: x", "shots:", "- audio: a", "  text: b"], 3, r"shots\.0\.answer: Field required"),
+        (["instruction: x", "shots:", "- audio: a", "  anwser: b"], 4, r"shots\.0\.anwser: Extra inputs are not"),
         (["instruction: x", "description: |", "  a", "  b"], 2, "description: must be one line"),
         (["instruction: x", "labels: [a,", "  b, a]"], 3, r"labels\.2: is there already"),
         (["instruction: x", "labels: ['']"], 2, r"labels\.0: is empty"),
