@@ -16,6 +16,7 @@ from speechllm.data.encoded import write_facts
 from speechllm.data.mixture import Draw, Mixture
 from speechllm.model import ModelConfig, make_model
 from speechllm.tasks import Facts
+from speechllm.tasks.base import PHRASED
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 from train.balance import Balance
@@ -31,10 +32,13 @@ DRAWS = [Draw("transcribe", 0), Draw("translate_text_de", 1), Draw("transcribe",
 
 
 class First(Random):
-    """Chooses what comes first, so that a clip's sequence is the same in every batch."""
+    """Chooses what comes first, and no phrase, so that a clip's sequence is the same in every batch."""
 
     def choice(self, seq: Any) -> Any:
         return seq[0]
+
+    def random(self) -> float:
+        return PHRASED
 
 
 @pytest.fixture(scope="module")

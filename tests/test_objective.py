@@ -19,6 +19,7 @@ from speechllm.errors import InputError
 from speechllm.model import ModelConfig, make_model
 from speechllm.prompt import IGNORE_INDEX, Batch
 from speechllm.tasks import Facts
+from speechllm.tasks.base import PHRASED
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 from train.balance import Balance, Fixed, PcGrad
@@ -54,10 +55,13 @@ def mixture() -> Mixture:
 
 
 class First(Random):
-    """Chooses what comes first, so that a clip's sequence is the same in every batch."""
+    """Chooses what comes first, and no phrase, so that a clip's sequence is the same in every batch."""
 
     def choice(self, seq: Any) -> Any:
         return seq[0]
+
+    def random(self) -> float:
+        return PHRASED
 
 
 def batch_of(mixture: Mixture, *indices: int, row_length: int = 1) -> TrainingBatch:
