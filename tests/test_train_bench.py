@@ -68,7 +68,7 @@ def test_every_task_has_answers(tmp_path: Path) -> None:
     codec = load_codec(ROOT / "tokenizers" / "codec")
     settings = SETTINGS | {
         "out": tmp_path, "tasks": dict.fromkeys(TASKS, 1), "merge_repeats": False, "n_q": 2, "acoustic_stride": 3,
-        "corpora": {make_corpus(tmp_path, name, codec, 100): 1 for name in CORPORA},
+        "corpora": {make_corpus(tmp_path, name, codec, 100): 1 for name in CORPORA}, "task_corpora": {},
     }  # fmt: skip
     config = Pretraining.model_validate(settings)
     mixture = make_mixture(config, make_start(config, resumed=False))
