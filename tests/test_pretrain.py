@@ -194,7 +194,7 @@ def test_ctrl_c_under_the_launcher_saves(pretrain_settings: dict[str, Any], tmp_
 def test_two_processes_end_with_the_same_weights(pretrain_settings: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "run"
     settings = pretrain_settings | {"out": out, "steps": 4, "log_every": 2, "evaluate_every": 4, "zero_stage": 1}
-    settings |= {"curriculum": {}}
+    settings |= {"curriculum": {}, "tasks": {"transcribe": 1, "translate_de": 1}}  # each is drawn
     config = write_yaml(tmp_path / "pretrain.yaml", settings)
     (tmp_path / "observed.py").write_text(OBSERVED)
     start = launcher()
