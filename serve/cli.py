@@ -77,8 +77,11 @@ def info(model: ModelOption = None) -> None:
             "longest clip": f"{settings.max_audio_seconds:g} s; longer audio is answered piece by piece",
             "longest answer": f"{settings.max_answer_tokens} text pieces for each piece of audio",
         }
-        taught = [name.removeprefix("few_shot_") for name in settings.tasks if name in FEW_SHOT]
-        for name in (name for name in settings.tasks if name not in FEW_SHOT):
+        taught: list[str] = []
+        for name in settings.tasks:
+            if name in FEW_SHOT:
+                taught.append(name.removeprefix("few_shot_"))
+                continue
             known = TRAINABLE.get(name)
             wording = known.wordings[0].replace("{}", "…") if known else "(unknown to this version)"
             rows[f"task {name}"] = f'"{wording}", or other words for it'

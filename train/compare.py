@@ -22,7 +22,7 @@ import typer
 import yaml
 from pydantic import Field, ValidationError
 
-from speechllm.errors import InputError
+from speechllm.errors import InputError, first_error
 from speechllm.tasks import TRAINABLE
 from train.config import Settings, read_config
 from train.log import read_metrics
@@ -93,7 +93,7 @@ def plan_runs(comparison: Comparison) -> list[Run]:
             try:
                 config = Pretraining.model_validate(values)
             except ValidationError as error:
-                first = error.errors()[0]
+                first = first_error(error)
                 setting = ".".join(map(str, first["loc"])) or "its settings"
                 raise InputError(f"variants: {variant}: {setting}: {first['msg']}") from error
             file = comparison.out / f"{variant}-{seed}.yaml"
