@@ -121,11 +121,11 @@ def ask(
         options = Options(temperature, top_p, seed, beams, max_tokens, timeout, min_confidence, labels, task)
         files = files or [_recorded(folder)]
 
+        answerer = make_answerer(model, device, adapter, batch, quantize)
+        second = make_answerer(fallback, device, None, batch, quantize) if fallback else None
         from serve.answer import Failure
         from serve.printing import Printer, remark, second_tries, streamed, warn, with_progress
 
-        answerer = make_answerer(model, device, adapter, batch, quantize)
-        second = make_answerer(fallback, device, None, batch, quantize) if fallback else None
         warn(answerer, instructions, options, examples_given)
         examples = examples_of(answerer, prompt) if prompt else []
         solved = map(parse_shot, shot or ())

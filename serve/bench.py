@@ -25,7 +25,8 @@ from serve.bench_report import HUGGING_FACE, OURS, write_report
 from serve.bench_runs import Clips, Decoding, ask_program, compare, latency, several_questions, throughput
 from serve.bench_shots import shots_cost
 from serve.plain_errors import complain, plain_errors
-from speechllm.checkpoint import DEFAULT, load_checkpoint
+from speechllm.checkpoint import load_checkpoint
+from speechllm.checkpoint_settings import DEFAULT
 from speechllm.errors import InputError
 from speechllm.grammar import Grammars
 from speechllm.tasks import TASKS

@@ -268,7 +268,8 @@ def _load(name: str | None) -> Codec:
     from speechllm.codec import load_codec
 
     if name is None:
-        from speechllm.checkpoint import CODEC, DEFAULT
+        from speechllm.checkpoint import CODEC
+        from speechllm.checkpoint_settings import DEFAULT
 
         name = str(DEFAULT / CODEC)
     return load_codec(name)

@@ -121,7 +121,7 @@ def write_export(folder: Path, checkpoint: Checkpoint, name: str, dtype: Dtype) 
 
 def _card(checkpoint: Checkpoint, name: str, dtype: Dtype) -> str:
     from serve.vllm_client import MOST_IDS
-    from speechllm.checkpoint import DEFAULT
+    from speechllm.checkpoint_settings import DEFAULT
     from speechllm.grammar import Grammars
     from speechllm.tasks import TASKS
 

@@ -49,11 +49,15 @@ BatchOption = Annotated[int, typer.Option("--batch", "-b", min=1, help="Pieces o
 
 def load(model: Path | None, device: Device, adapter: str | None = None) -> Checkpoint:
     """The checkpoint. Raises InputError."""
+    from speechllm.checkpoint_settings import DEFAULT, read_settings
+
+    folder = DEFAULT if model is None else model
+    read_settings(folder)  # what is no checkpoint is told before torch has been waited for
     warnings.simplefilter("ignore")
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     import torch
 
-    from speechllm.checkpoint import DEFAULT, load_checkpoint
+    from speechllm.checkpoint import load_checkpoint
 
     if device is Device.cuda and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device is available; use --device auto or cpu")
@@ -61,7 +65,7 @@ def load(model: Path | None, device: Device, adapter: str | None = None) -> Chec
 
     disable_progress_bar()
     gpu = device is Device.cuda or (device is Device.auto and torch.cuda.is_available())
-    return load_checkpoint(DEFAULT if model is None else model, "cuda" if gpu else "cpu", adapter)
+    return load_checkpoint(folder, "cuda" if gpu else "cpu", adapter)
 
 
 def make_answerer(

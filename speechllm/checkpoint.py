@@ -20,36 +20,20 @@ import speechllm._torchaudio  # noqa: F401  # before transformers, whose models 
 
 # isort: split
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from speechllm.adapter import FOLDER as ADAPTERS
 from speechllm.adapter import find_adapter, merge_adapter
+from speechllm.checkpoint_settings import DEFAULT, SETTINGS, CheckpointSettings, read_settings
 from speechllm.codec import Codec, copy_codec, load_codec
-from speechllm.errors import InputError, first_problem
+from speechllm.errors import InputError
 from speechllm.model import LOADING_ERRORS, load_model
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 
-DEFAULT = Path(__file__).parent / "checkpoints" / "tiny"
-SETTINGS, LM, CODEC, CARD = "speechllm.json", "lm", "codec", "README.md"
+LM, CODEC, CARD = "lm", "codec", "README.md"
 MAX_SHARD = "15MB"
-
-
-class CheckpointSettings(BaseModel):
-    """The contents of ``speechllm.json``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    vocabulary: dict[str, int | bool]
-    fingerprint: str
-    codec_fingerprint: str = Field(description="of the weights that make the codes the LM was trained on")
-    max_audio_seconds: float = Field(gt=0, description="longest clip it was trained on; longer ones are cut at pauses")
-    max_answer_tokens: int = Field(gt=0)
-    tasks: tuple[str, ...] = Field(description="names of the tasks it was trained on")
-    confidence_temperature: float = Field(1.0, gt=0, description="confidences are taken to the power of its inverse")
 
 
 @dataclass(frozen=True)
@@ -121,19 +105,6 @@ def save_checkpoint(
         folder.rename(old)
     new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def read_settings(folder: str | Path) -> CheckpointSettings:
-    """The settings of a checkpoint. Raises InputError when the folder is none, or the settings are damaged."""
-    path = Path(folder) / SETTINGS
-    if not path.is_file():
-        raise InputError(f"{folder}: not a checkpoint folder (no {SETTINGS} in it)")
-    try:
-        return CheckpointSettings.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise InputError(f"{path}: not a checkpoint's settings: {first_problem(error)}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not a checkpoint's settings: not UTF-8") from error
 
 
 def load_checkpoint(

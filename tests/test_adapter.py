@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from serve.cli import app
 from speechllm.adapter import AdapterSettings, lm_fingerprint, save_adapter
-from speechllm.checkpoint import Checkpoint, load_checkpoint, read_settings, save_checkpoint
+from speechllm.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from speechllm.checkpoint_settings import read_settings
 from speechllm.errors import InputError
 from speechllm.model import load_model
 from train.finetune import add_lora

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from serve.answer import Answer
 from serve.answerer import Answerer
 from speechllm.audio import write_audio
-from speechllm.checkpoint import SETTINGS, load_checkpoint, read_settings
+from speechllm.checkpoint import load_checkpoint
+from speechllm.checkpoint_settings import SETTINGS, read_settings
 from speechllm.data.corpus import Item
 from speechllm.data.manifest import Split, Utterance, write_manifest
 from speechllm.errors import InputError

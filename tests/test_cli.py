@@ -226,6 +226,20 @@ def test_info_says_what_the_checkpoint_is(tiny_checkpoint: Path) -> None:
         assert words in result.stdout
 
 
+def test_what_is_no_checkpoint_is_told_before_torch_is_loaded(tmp_path: Path, good: list[str]) -> None:
+    code = """
+import sys
+from serve.cli import app
+try:
+    app(sys.argv[1:])
+except SystemExit as stop:
+    print(stop.code, "torch" in sys.modules)
+"""
+    command = [sys.executable, "-c", code, "ask", ASK, *good, "--model", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "2 False\n", result.stderr
+
+
 def test_help_and_version_load_no_library() -> None:
     assert run("--version").stdout == f"speechllm {__version__}\n"
     assert 'speechllm ask "Transcribe this audio"' in run("--help").stdout

@@ -18,7 +18,8 @@ from serve.answer import Answer
 from serve.answerer import Answerer
 from serve.cli import app
 from speechllm.adapter import lm_fingerprint, read_adapter
-from speechllm.checkpoint import load_checkpoint, read_settings
+from speechllm.checkpoint import load_checkpoint
+from speechllm.checkpoint_settings import read_settings
 from speechllm.data.manifest import Utterance, write_manifest
 from speechllm.errors import InputError
 from train import evaluate, finetune, own_data

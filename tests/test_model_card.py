@@ -11,7 +11,8 @@ from conftest import ROOT, command, write_yaml
 from typer import Typer
 from typer.testing import CliRunner
 
-from speechllm.checkpoint import DEFAULT, load_checkpoint, read_settings
+from speechllm.checkpoint import load_checkpoint
+from speechllm.checkpoint_settings import DEFAULT, read_settings
 from train import model_card
 from train.card_inputs import Inputs, amounts
 from train.card_sections import limits

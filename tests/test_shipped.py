@@ -7,7 +7,8 @@ from conftest import ROOT
 
 from serve.answer import Answer
 from serve.answerer import Answerer
-from speechllm.checkpoint import DEFAULT, load_checkpoint
+from speechllm.checkpoint import load_checkpoint
+from speechllm.checkpoint_settings import DEFAULT
 from speechllm.metrics import wer
 
 ROWS = re.findall(r"\| `(clips/[\w-]+\.wav)` \| [\w-]+ \| (.+) \|", (ROOT / "prompts" / "README.md").read_text())

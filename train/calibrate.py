@@ -18,7 +18,7 @@ import jiwer
 import numpy as np
 import typer
 
-from speechllm.checkpoint import SETTINGS, read_settings
+from speechllm.checkpoint_settings import SETTINGS, read_settings
 from speechllm.data.corpus import read_corpus
 from speechllm.data.manifest import Split
 from speechllm.errors import InputError

@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from speechllm.adapter import AdapterSettings, find_adapter, read_adapter
-from speechllm.checkpoint import DEFAULT, read_settings
+from speechllm.checkpoint_settings import DEFAULT, read_settings
 from speechllm.data.corpus import read_corpus
 from speechllm.data.manifest import Split
 from speechllm.errors import InputError

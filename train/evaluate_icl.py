@@ -16,7 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
-from speechllm.checkpoint import DEFAULT, load_checkpoint
+from speechllm.checkpoint import load_checkpoint
+from speechllm.checkpoint_settings import DEFAULT
 from speechllm.errors import InputError
 from speechllm.metrics import bootstrap_interval, mean_interval, normalize_text, wer
 from speechllm.tasks import TASKS

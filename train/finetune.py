@@ -25,7 +25,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from speechllm.adapter import AdapterSettings, lm_fingerprint, save_adapter
-from speechllm.checkpoint import LM, load_checkpoint, read_settings
+from speechllm.checkpoint import LM, load_checkpoint
+from speechllm.checkpoint_settings import read_settings
 from speechllm.data.replay import ReplaySchedule
 from speechllm.data.schedule import Schedule
 from speechllm.errors import InputError

@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from speechllm.checkpoint import CODEC, DEFAULT, CheckpointSettings
+from speechllm.checkpoint import CODEC
+from speechllm.checkpoint_settings import DEFAULT, CheckpointSettings
 from speechllm.errors import InputError, first_problem
 from speechllm.tasks import TRAINABLE
 from train.config import Settings

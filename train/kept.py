@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from speechllm.adapter import WEIGHTS, find_adapter, lm_fingerprint
-from speechllm.checkpoint import LM, CheckpointSettings
+from speechllm.checkpoint import LM
+from speechllm.checkpoint_settings import CheckpointSettings
 from speechllm.data.manifest import read_records
 from speechllm.errors import InputError
 

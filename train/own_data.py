@@ -7,7 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from speechllm.checkpoint import CODEC, CheckpointSettings
+from speechllm.checkpoint import CODEC
+from speechllm.checkpoint_settings import CheckpointSettings
 from speechllm.codec import Codec, load_codec
 from speechllm.data.corpus import MANIFEST, manifest_of, read_utterances
 from speechllm.data.encoded import INFO, read_encoded, row_facts
