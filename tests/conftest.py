@@ -155,17 +155,11 @@ def imported(source: object, out: Path, *options: object) -> list[Utterance]:
 
 
 def run_program(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """A program of this environment, e.g. "python", run in the repository's root; one thread, output as text.
-
-    The environment's programs come first on the path, as when it is activated: another ninja than the one of the last
-    run would make DeepSpeed compile its C++ part anew.
-    """
-    programs = Path(sys.executable).parent
-    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    """A program of this environment, e.g. "python", run in the repository's root; one thread, output as text."""
     return subprocess.run(
-        [str(programs / str(arguments[0])), *map(str, arguments[1:])],
+        [str(Path(sys.executable).parent / str(arguments[0])), *map(str, arguments[1:])],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PATH": path},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=900,  # a first run compiles; killed, it would leave a lock that later ones wait for

@@ -330,7 +330,7 @@ def step_with_signal(trainer, step, batch):
     return train_step(trainer, step, batch)
 
 
-pretrain.single_process_environment()
+pretrain.prepare_environment()
 for argument in sys.argv[1:]:
     stopped = read_config(Path(argument), Pretraining)
     whole = stopped.model_copy(update={"out": stopped.out.with_name(stopped.out.name + "-whole")})

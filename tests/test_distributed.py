@@ -34,7 +34,7 @@ class Slope(nn.Module):
         return (self.weight[:1] * slope).sum()
 
 
-pretrain.single_process_environment()
+pretrain.prepare_environment()
 for stage in range(1, 4):
     config = pretrain.read_config(Path(sys.argv[1]), Pretraining).model_copy(update={"zero_stage": stage})
     module = Slope()
@@ -91,7 +91,7 @@ def train(path, stop):
     (config.out / f"rank-{trainer.rank}.json").write_text(json.dumps(notes))
 
 
-pretrain.single_process_environment()
+pretrain.prepare_environment()
 for path in sys.argv[1:]:
     if not path.startswith("--"):
         train(Path(path.removeprefix("stop:")), path.startswith("stop:"))

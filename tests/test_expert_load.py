@@ -172,6 +172,7 @@ def test_what_is_written_is_of_the_last_one_to_two_intervals(tmp_path: Path) -> 
     assert found["steps"] == [9, 9]
     assert found["tasks"] == {"a": [[0, 0, 0], [7, 0, 0]], "b": [[1000, 2, 3], [4, 5, 1000]]}
     assert found["modalities"]["answer"] == [[0, 0, 0], [7, 0, 0]]
+    load.plot(tmp_path)
     image = (tmp_path / "experts.png").read_bytes()
     assert image.startswith(b"\x89PNG") and len(image) > 1000
 

@@ -122,7 +122,6 @@ def run_ranks(script: str, *arguments: object) -> list[tuple[int, str, str]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    shared["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", script, *map(str, arguments)],

@@ -76,7 +76,7 @@ def train(path, stop):
 
 
 if __name__ == "__main__":  # and not in the processes that encode
-    launch.single_process_environment()
+    launch.prepare_environment()
     for path in sys.argv[1:]:
         if not path.startswith("--"):
             train(Path(path.removeprefix("stop:")), path.startswith("stop:"))

@@ -23,7 +23,7 @@ from speechllm.model import ModelConfig, make_model, parameter_counts
 from speechllm.tasks import FEW_SHOT, TASKS, TRAINABLE
 from train import engine, pretrain
 from train.config import read_config
-from train.launch import share_cores
+from train.launch import prepare_environment, share_cores
 from train.log import MetricLog, read_metrics
 from train.pretrain_config import Pretraining
 
@@ -167,9 +167,9 @@ def test_ctrl_c_under_the_launcher_saves(pretrain_settings: dict[str, Any], tmp_
     out, told = tmp_path / "run", tmp_path / "told"
     settings = pretrain_settings | {"out": out, "steps": 50000, "log_every": 1, "evaluate_every": 50000}
     config = write_yaml(tmp_path / "pretrain.yaml", settings | {"save_every": 50000})
-    programs = Path(sys.executable).parent
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
-    command = [str(programs / launcher()[0]), *launcher()[1:], "train/pretrain.py", "--config", str(config)]
+    program, *options = launcher()
+    command = [str(Path(sys.executable).parent / program), *options, "train/pretrain.py", "--config", str(config)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with told.open("w") as output:
         started = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
@@ -390,6 +390,17 @@ def test_ranks_of_a_machine_share_its_cores(
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_programs_of_this_environment_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "7")  # of a launcher: stays
+    monkeypatch.setenv("PATH", f"/usr/bin{os.pathsep}/bin")
+    own = Path(sys.executable).parent
+    for _ in range(2):
+        prepare_environment()
+        assert os.environ["PATH"] == f"{own}{os.pathsep}/usr/bin{os.pathsep}/bin"
+    assert os.environ["RANK"] == os.environ["MASTER_PORT"] == "7"
 
 
 def test_the_shipped_configs_are_valid() -> None:

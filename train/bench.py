@@ -32,7 +32,7 @@ from train.bench_report import ALL, PLAIN, SAME, summary, write_report
 from train.bench_runs import Ours, Plain, Run
 from train.config import read_config
 from train.engine import device_name
-from train.launch import command, single_process_environment
+from train.launch import command, prepare_environment
 from train.loop import progress_bar
 from train.pretrain_config import Pretraining
 
@@ -97,7 +97,7 @@ def main(
     out: Annotated[Path, typer.Option(help="folder for bench.md, bench.json and bench.png")] = Path("runs/bench-train"),
 ) -> None:
     """Time training against Hugging Face's Trainer, and see where the time of a step goes."""
-    single_process_environment()
+    prepare_environment()
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     paths = config or [CONFIGS / "tiny.yaml", CONFIGS / "all-tasks.yaml"]

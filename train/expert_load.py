@@ -56,6 +56,7 @@ class ExpertLoad:
         self._counts: Tensor | None = None  # [layers, tasks, modalities, experts], since the start
         self._at_reading: Tensor
         self._at_saves: tuple[tuple[int, Tensor], tuple[int, Tensor]]  # the last two: steps done, counts
+        self._written: tuple[Tensor, str] | None = None  # on the first rank: counts, and of which steps they are
 
     def add(self, step: int, counts: Tensor) -> None:
         """Counts ``[layers, tasks, modalities, experts]`` of a micro batch of the step after ``step`` others."""
@@ -82,7 +83,7 @@ class ExpertLoad:
         }
 
     def write(self, out: Path, step: int) -> None:
-        """``experts.json`` and ``experts.png``, at a save after ``step`` steps: counts since the save before the last.
+        """``experts.json``, at a save after ``step`` steps: counts since the save before the last.
 
         So they are of one to two save intervals, though a run may end shortly after a save.
         """
@@ -93,13 +94,19 @@ class ExpertLoad:
         counts = summed(self._counts - earlier)
         if distributed.is_initialized() and distributed.get_rank():
             return
+        self._written = counts, f"steps {since + 1} to {step}"
         found = {
             "steps": [since + 1, step],
             "modalities": {name: counts[:, :, n].sum(1).tolist() for n, name in enumerate(MODALITIES)},
             "tasks": {name: counts[:, n].sum(1).tolist() for n, name in enumerate(self.tasks)},
         }
         (out / "experts.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
-        plot_load(counts, self.tasks, f"steps {since + 1} to {step}", out / "experts.png")
+
+    def plot(self, out: Path) -> None:
+        """``experts.png``, of what :meth:`write` wrote last: drawing takes longer than to save a small model."""
+        if self._written is not None:
+            counts, steps = self._written
+            plot_load(counts, self.tasks, steps, out / "experts.png")
 
 
 def summed(counts: Tensor) -> Tensor:

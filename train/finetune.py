@@ -33,7 +33,7 @@ from speechllm.errors import InputError
 from train.config import read_config
 from train.engine import whole_state
 from train.finetune_config import Finetuning, Lora
-from train.launch import command, share_cores, single_process_environment, train
+from train.launch import command, prepare_environment, share_cores, train
 from train.log import MetricLog
 from train.own_data import OwnData
 from train.ranks import by_first, nothing, write_together
@@ -181,7 +181,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with command():
         config = read_config(arguments.config, Finetuning)
-        single_process_environment()
+        prepare_environment()
         share_cores()
         try:
             trainer = FineTrainer(config, arguments.resume)

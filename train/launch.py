@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +18,13 @@ if TYPE_CHECKING:
     from train.trainer import Trainer
 
 
-def single_process_environment() -> None:
-    """What the launcher would have set, for a start with plain ``python``."""
+def prepare_environment() -> None:
+    """What the launcher would have set, for a start with plain ``python``; and this environment's programs come first
+    on the path, as when it is activated: with another ninja than the last one DeepSpeed compiles its C++ part anew.
+    """
+    programs, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
+    if path.split(os.pathsep)[0] != programs:
+        os.environ["PATH"] = f"{programs}{os.pathsep}{path}"
     for name, value in {
         "RANK": 0,
         "LOCAL_RANK": 0,

@@ -173,8 +173,9 @@ class Meter:
 
     def plot(self, out: Path) -> None:
         """``shares.json`` and ``shares.png``: the share of each task in what is drawn, asked and realised, and in all
-        answers.
+        answers; and :meth:`ExpertLoad.plot`.
         """
+        self.experts.plot(out)
         self._share()
         if not self._drawn or (distributed.is_initialized() and distributed.get_rank()):  # a finished run was resumed
             return

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from train import plan
 from train.config import read_config
-from train.launch import command, share_cores, single_process_environment, train
+from train.launch import command, prepare_environment, share_cores, train
 from train.pretrain_config import Pretraining
 from train.trainer import Trainer
 
@@ -27,7 +27,7 @@ def main() -> None:
         if arguments.dry_run:
             plan.dry_run(config, arguments)
             return
-        single_process_environment()
+        prepare_environment()
         share_cores()
         train(Trainer(config, arguments.resume))
 
