@@ -10,7 +10,9 @@ from test_cli import ask
 
 from serve.answer import Answer
 from serve.answerer import Answerer
+from serve.ask import BEAMS
 from speechllm.checkpoint import load_checkpoint
+from speechllm.options import Options
 
 ASK, OTHER = "Transcribe this audio", "Translate this audio to German"
 
@@ -21,18 +23,36 @@ def files(tmp_path: Path) -> list[str]:
     return [str(clip(tmp_path / "in" / name, seconds)) for name, seconds in (("2.wav", 0.5), ("10.wav", 0.9))]
 
 
-def texts(folder: Path, files: list[str], instructions: list[str]) -> list[str]:
-    answers = Answerer(load_checkpoint(folder)).ask(files, instructions)
-    return [" ".join(answer.text.split()) for answer in answers if isinstance(answer, Answer)]
+def answers(folder: Path, files: list[str], instructions: list[str], beams: int) -> list[Answer]:
+    found = Answerer(load_checkpoint(folder)).ask(files, instructions, options=Options(beams=beams))
+    return [answer for answer in found if isinstance(answer, Answer)]
+
+
+def line(answer: Answer) -> str:
+    return " ".join(answer.text.split())
 
 
 def test_the_command_says_what_the_answerer_does(tiny_checkpoint: Path, files: list[str]) -> None:
     """Of a folder, several questions, and word by word."""
-    expected = texts(tiny_checkpoint, files, [ASK, OTHER])
-    assert len(expected) == 4 and any(expected)
-    folder = str(Path(files[0]).parent)
-    assert ask(tiny_checkpoint, ASK, folder, "--also", OTHER).stdout.splitlines() == expected
-    assert ask(tiny_checkpoint, ASK, *files, "--also", OTHER, "--stream").stdout.splitlines() == expected
+    folder, expected = str(Path(files[0]).parent), answers(tiny_checkpoint, files, [ASK, OTHER], BEAMS)
+    assert len(expected) == 4 and any(map(line, expected))
+    assert ask(tiny_checkpoint, ASK, folder, "--also", OTHER).stdout.splitlines() == [*map(line, expected)]
+    streamed = ask(tiny_checkpoint, ASK, *files, "--also", OTHER, "--stream").stdout.splitlines()
+    assert streamed == [*map(line, answers(tiny_checkpoint, files, [ASK, OTHER], 1))]
+
+
+@pytest.mark.parametrize(
+    ("options", "beams"),
+    [((), BEAMS), (("--batch", "2"), 2), (("--beams", "1"), 1), (("--beams", "3"), 3), (("--temperature", "1e-9"), 1)],
+)
+def test_hypotheses(tiny_checkpoint: Path, files: list[str], options: tuple[str, ...], beams: int) -> None:
+    """That there were several shows in how sure the best one is."""
+    single, expected = (
+        [answer.confidence for answer in answers(tiny_checkpoint, files, [ASK], width)] for width in (1, beams)
+    )
+    assert (single == expected) == (beams == 1)
+    told = ask(tiny_checkpoint, ASK, *files, "-f", "json", *options).stdout.splitlines()
+    assert [json.loads(answer)["confidence"] for answer in told] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_file_for_each_recording(tiny_checkpoint: Path, tmp_path: Path, files: list[str]) -> None:
@@ -77,7 +97,7 @@ def test_what_is_withheld_is_asked_elsewhere(tiny_checkpoint: Path, tmp_path: Pa
     settings = json.loads((sure / "speechllm.json").read_text(encoding="utf-8"))
     (sure / "speechllm.json").write_text(json.dumps(settings | {"confidence_temperature": 1e6}), encoding="utf-8")
     again = ask(tiny_checkpoint, ASK, *files, *options, "--fallback", str(sure))
-    assert again.stdout.splitlines() == texts(tiny_checkpoint, files, [ASK])
+    assert again.stdout.splitlines() == [*map(line, answers(tiny_checkpoint, files, [ASK], BEAMS))]
 
 
 def test_an_instruction_that_is_no_known_wording_is_told(tiny_checkpoint: Path, files: list[str]) -> None:

@@ -19,6 +19,7 @@ from speechllm.checkpoint import load_checkpoint
 from speechllm.data.corpus import Item
 from speechllm.data.manifest import Utterance
 from speechllm.errors import InputError
+from speechllm.options import Options
 from speechllm.tasks import TASKS, Segment
 from train import asking
 from train.asking import Server, parsed, sent
@@ -63,6 +64,24 @@ def test_the_server_answers_as_the_command_line_and_is_gone_afterwards(
     assert [(one["instruction"], one["text"]) for one in told[:8]] == [(e.instruction, e.text) for e in expected]
     assert told[8]["instruction"] == TASKS["gender"].wordings[0]
     assert answer.text == expected[0].text
+
+
+def test_answers_are_the_best_of_several_hypotheses(items: list[Item], tiny_checkpoint: Path) -> None:
+    files = [str(item.root / item.utterance.audio) for item in items]
+    answerer = Answerer(load_checkpoint(tiny_checkpoint))
+    single, best = (
+        [
+            one.confidence
+            for one in answerer.ask(files, "Transcribe this audio", options=Options(beams=beams))
+            if isinstance(one, Answer)
+        ]
+        for beams in (1, 3)
+    )
+    assert single != best
+    questions = [Question(item, "Transcribe this audio", ()) for item in items]
+    with Server(tiny_checkpoint, beams=3) as server:
+        told = [answer["confidence"] for answer in server.ask(questions, lambda count: None)]
+    assert told == pytest.approx(best, abs=1e-4)
 
 
 def test_a_server_that_does_not_start_tells_why(items: list[Item], tmp_path: Path) -> None:

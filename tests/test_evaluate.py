@@ -241,9 +241,10 @@ def test_a_suite_goes_on_where_it_was_stopped(
 
     command(evaluate.main, *arguments)
     assert len(asked) == 5  # nothing is asked again
-    other = CliRunner().invoke(app, [*map(str, arguments), "--limit", "2"])
-    assert other.exit_code == 2
-    assert "was asked with other settings" in other.output
+    for setting in (["--limit", "2"], ["--beams", "2"]):
+        other = CliRunner().invoke(app, [*map(str, arguments), *setting])
+        assert other.exit_code == 2
+        assert "was asked with other settings" in other.output
 
 
 def test_baselines_do_not_depend_on_the_weights(suite: Path, manifest: Path) -> None:

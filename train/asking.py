@@ -41,9 +41,10 @@ class Server:
 
     name = OURS
 
-    def __init__(self, model: Path, adapter: str | None = None) -> None:
+    def __init__(self, model: Path, adapter: str | None = None, beams: int = 1) -> None:
         self._command = [sys.executable, "-m", "serve.cli", "serve", "--model", str(model), "--port", "0"]
         self._command += ["--timeout", str(TIMEOUT)] + ([] if adapter is None else ["--adapter", adapter])
+        self._beams = beams  # of each answer
         self._process: subprocess.Popen[str] | None = None
         self._errors: IO[str] | None = None
         self.url = ""
@@ -88,14 +89,14 @@ class Server:
 
     def _about_clip(self, client: httpx.Client, question: Question) -> dict[str, Any]:
         utterance = question.item.utterance
-        fields = {"instruction": question.instruction, "response_format": "json"}
+        fields = {"instruction": question.instruction, "response_format": "json", "beams": str(self._beams)}
         file = {"file": (Path(utterance.audio).name, sent(question))}
         reply = self._reply(client, utterance.id, "audio/transcriptions", data=fields, files=file)
         answer: dict[str, Any] = reply["answers"][0]
         return answer
 
     def _on_text(self, client: httpx.Client, instruction: str) -> str:
-        body = {"messages": [{"role": "user", "content": instruction}]}
+        body = {"messages": [{"role": "user", "content": instruction}], "beams": self._beams}
         reply = self._reply(client, repr(instruction), "chat/completions", json=body)
         text: str = reply["choices"][0]["message"]["content"]
         return text

@@ -38,11 +38,20 @@ KEPT = "rows.jsonl"
 
 
 def evaluate(
-    model: Path, adapter: str | None, suite: Suite, known: Sequence[str], split: Split, limit: int | None, out: Path
+    model: Path,
+    adapter: str | None,
+    suite: Suite,
+    known: Sequence[str],
+    split: Split,
+    limit: int | None,
+    out: Path,
+    beams: int = 1,
 ) -> Evaluation:
     """Ask what is not kept in ``out`` yet. known: tasks that the checkpoint was trained on; no others are asked.
 
-    limit: clips of each set, at most. Raises InputError, before anything is asked where a set is missing.
+    limit: clips of each set, at most. beams: hypotheses kept for each answer.
+
+    Raises InputError, before anything is asked where a set is missing.
     """
     settings = read_settings(model)
     asked = {}
@@ -53,9 +62,10 @@ def evaluate(
                 asked[row.key] = [part for part in asked[row.key] if part.system != CASCADE]
                 typer.echo(f"{row.key}: no {CASCADE}, the checkpoint was not trained to translate text", err=True)
     weights, kept = weights_fingerprint(model, settings, adapter), Kept(out / KEPT, read_found)
-    prints = {part.key: fingerprint(part, suite, weights, split, limit) for parts in asked.values() for part in parts}
+    how = weights if beams == 1 else f"{weights} {beams} beams"
+    prints = {part.key: fingerprint(part, suite, how, split, limit) for parts in asked.values() for part in parts}
     found = {key: kept.found(key, own) for key, own in prints.items()}
-    with progress_bar() as bar, Server(model, adapter) as ours:
+    with progress_bar() as bar, Server(model, adapter, beams) as ours:
         missing = [part for parts in asked.values() for part in parts if found[part.key] is None]
         # made before anything is asked: one of them may be unknown
         systems = [ours if part.system == OURS else baseline(part, suite, ours) for part in missing]
@@ -136,6 +146,7 @@ def main(
     adapter: Annotated[str | None, typer.Option(help="of the checkpoint, by its name or folder")] = None,
     split: Annotated[Split, typer.Option(help="which part of the sets")] = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="only the first clips of each set")] = None,
+    beams: Annotated[int, typer.Option(min=1, help="hypotheses kept for each answer")] = 1,
     compares: Annotated[
         bool, typer.Option("--compare", help="nothing is asked: the paths are results.json of several runs")
     ] = False,
@@ -169,7 +180,7 @@ def main(
         else:
             known = tuple(task or [name for name in known if name in TASKS and TASKS[name].listens])
             chosen = suite_of(paths, known, split)
-        evaluation = evaluate(model, adapter, chosen, known, split, limit, out)
+        evaluation = evaluate(model, adapter, chosen, known, split, limit, out, beams)
         write_report(evaluation, out)
         typer.echo(report(evaluation))
     except InputError as error:

@@ -193,7 +193,10 @@ def read_found(told: dict[str, Any]) -> Found:
 
 
 def fingerprint(part: Part, suite: Suite, weights: str, split: Split, limit: int | None) -> str:
-    """Of all that a part's results depend on. weights: the checkpoint's, which most baselines do not ask."""
+    """Of all that a part's results depend on.
+
+    weights: the checkpoint's, and how it answers; most baselines do not ask it.
+    """
     told: list[object] = [
         part.key,
         part.row.groups if part.system == OURS else (),
