@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, command, filled, write_yaml
+from conftest import ROOT, command, filled, require_engine, write_yaml
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -17,9 +17,10 @@ from speechllm.codec import SpeechCodec, SpeechCodecConfig, save_codec
 from speechllm.codec.base import code_entropy
 from speechllm.data.corpus import Item
 from speechllm.data.manifest import Utterance, write_manifest
+from speechllm.data.phonemes import phonemes
 from speechllm.errors import InputError
 from train import evaluate_codec
-from train.codec_measures import CHANGES, Judge, same_codes, si_sdr, speech_of, speed, use
+from train.codec_measures import CHANGES, Judge, heard, misheard, same_codes, si_sdr, speech_of, speed, use
 from train.codec_probes import LETTERS, Clip, Heard, ProbeSettings, WordProbe, letters, read_trait, read_words, uar
 from train.codec_report import ENCODEC, LOG_MEL, verdicts
 from train.codec_selection import halves, pick, unseen_speakers
@@ -80,6 +81,7 @@ def settings(codec: SpeechCodec, speech: Path, tmp_path: Path) -> dict[str, Any]
     return {
         "out": tmp_path / "out",
         "codecs": {"ours": tmp_path / "ours", "plain": tmp_path / "plain"},
+        "phonemes": measured,
         "words": {"train": [speech], "tests": groups, "test_clips": 3, "probe": probe},
         "speaker": {"tests": groups, "least": 2, "repeats": 2, "probe": probe},
         "emotion": {"sets": groups, "repeats": 1, "probe": probe},
@@ -103,6 +105,26 @@ def test_use_of_codes(codec: SpeechCodec, speech: Path) -> None:
     assert found["nominal_bits_per_second"] == 25 * 2 * 4
     assert found["entropy_bits_per_second"] == pytest.approx(25 * sum(map(math.log2, found["perplexity"])))
     assert all(1 < value <= 16 for value in found["perplexity"])
+
+
+def test_phonemes_misheard_by_hand(codec: SpeechCodec, speech: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_engine("espeak-ng")
+    said = phonemes("two cows", "en")
+    known = tuple(sorted({*said} - {said[-1]}))  # the last one cannot be heard
+    codec = filled(SpeechCodec(codec.config.model_copy(update={"phonemes": known})))
+    path = [known.index(phoneme) + 1 for phoneme in said[1:-1]]  # and the first one is not
+
+    def recognize(hidden: torch.Tensor) -> torch.Tensor:
+        frames = [index for index in path for _ in range(2)]
+        frames += [0] * (hidden.shape[1] - len(frames))
+        return torch.nn.functional.one_hot(torch.tensor([frames]), 1 + len(known)).float()
+
+    monkeypatch.setattr(codec.semantic, "recognize", recognize)
+    items = [item for item in pick([speech], "test", 20, 0, bool, "audio") if item.utterance.text == "two cows"]
+    assert heard(codec, items[0].wav(16000)) == said[1:-1]
+    found = misheard(codec, items, quiet)
+    assert (found["clips"], found["phonemes"]) == (len(items), len(items) * len(said))
+    assert found["per"] == found["low"] == found["high"] == pytest.approx(200 / len(said))
 
 
 def test_stability(codec: SpeechCodec) -> None:
@@ -317,7 +339,10 @@ def test_whole_command(settings: dict[str, Any], tmp_path: Path) -> None:
     text = command(evaluate_codec.main, "--config", config)
     results = json.loads((out / "results.json").read_text())
     assert results["words"]["ours/0"]["tests"]["noise"]["wer"] == 12.5 and "plain/0" in results["words"]
-    assert {"words", "speaker", "emotion", "fidelity", "use", "stability", "speed"} < set(results)
+    parts = ("phonemes", "words", "speaker", "emotion", "fidelity", "use", "stability", "speed")
+    assert {*parts} < set(results)
+    assert results["phonemes"]["ours"] == results["phonemes"]["plain"]
+    assert results["phonemes"]["ours"]["noise"]["per"] > 50, "noise"
     assert set(results["emotion"]) == {f"noise/{k}" for k in (LOG_MEL, "ours/0", "ours/0-1", "plain/0", "plain/0-1")}
     assert results["speaker"]["noise/ours/0"]["chance"] == 50 and len(results["speaker"]["noise/ours/0"]["runs"]) == 2
     assert set(results["fidelity"]) == {"original", "ours/2", "plain/2"}
@@ -327,7 +352,7 @@ def test_whole_command(settings: dict[str, Any], tmp_path: Path) -> None:
         row = f"| {verdict['what']} | {verdict['on']} | {verdict['value']} | {verdict['bound']} |"
         said = {True: "reached", False: "not reached", None: "not judged: no WER below 60"}
         assert f"{row} {said[verdict['reached']]} |" in text
-    for name in ("words", "speaker", "emotion", "fidelity", "use", "stability", "speed"):
+    for name in parts:
         assert (out / f"{name}.png").stat().st_size > 1000, name
 
 

@@ -1,4 +1,4 @@
-"""How a codec sounds, how it uses its codes, how steady they are, and how fast it is."""
+"""What a codec hears, how it sounds, how it uses its codes, how steady they are, and how fast it is."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from random import Random
 
+import jiwer
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pesq import NoUtterancesError, pesq
@@ -16,12 +18,14 @@ from pystoi import stoi
 from torch import Tensor
 
 from speechllm.audio import resample
-from speechllm.codec import Codec
+from speechllm.codec import Codec, SpeechCodec
 from speechllm.codec.base import code_entropy
 from speechllm.codec.layers import MEL_HOP, LogMel, unscale_log
 from speechllm.data.corpus import Item
 from speechllm.data.perturb import add_at, compressed
-from speechllm.metrics import bootstrap_interval, wer
+from speechllm.data.phonemes import phonemes
+from speechllm.metrics import bootstrap_interval, interval, ratio, wer
+from train.codec_semantic import greedy
 from train.resumable import Advance
 
 RATE = 16000  # at which reconstructions are judged
@@ -82,6 +86,32 @@ def use(codec: Codec, items: Sequence[Item], advance: Advance) -> dict[str, obje
         "nominal_bits_per_second": codec.frame_rate * codec.n_q * math.log2(codec.card),
         "entropy_bits_per_second": codec.frame_rate * sum(entropies),
     }
+
+
+def heard(codec: SpeechCodec, wav: Tensor) -> list[str]:
+    """The phonemes that the recogniser behind codebook 0 hears in ``wav [1, samples]``, at the codec's rate."""
+    mel = codec.mel(F.pad(wav, (0, -wav.shape[-1] % codec.hop_length)))
+    quantized = codec.semantic.quantizer(codec.semantic.hidden(mel), freeze_codebook=True)[0]
+    (path,) = greedy(codec.semantic.recognize(quantized), torch.tensor([quantized.shape[1]]))
+    return [codec.config.phonemes[index - 1] for index in path]
+
+
+@torch.inference_mode()
+def misheard(codec: SpeechCodec, items: Sequence[Item], advance: Advance) -> dict[str, float | int]:
+    """Phoneme error rate of :func:`heard` in percent, with its 95 % interval: what codebook 0 says of the words.
+
+    The phonemes are those that espeak-ng reads from the texts; one that the recogniser does not know counts as wrong.
+    """
+    counts = []
+    for item in items:
+        said = phonemes(item.utterance.text or "", item.utterance.language or "")
+        found = jiwer.process_words(" ".join(said), " ".join(heard(codec, item.wav(codec.sample_rate))))
+        counts.append((found.substitutions + found.deletions + found.insertions, len(said)))
+        advance(1)
+    sums = np.array(counts)
+    low, high = interval(sums, ratio)
+    rates = {"per": 100 * ratio(sums.sum(0)), "low": 100 * low, "high": 100 * high}
+    return {"clips": len(items), "phonemes": int(sums[:, 1].sum()), **rates}
 
 
 def si_sdr(original: Tensor, made: Tensor) -> float:

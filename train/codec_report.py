@@ -95,6 +95,16 @@ def _order(results: dict[str, Any], names: list[str]) -> list[str]:
     return [key for key in results if key == LOG_MEL] + [key for keys in by_codec for key in keys]
 
 
+def phonemes_table(results: dict[str, Any], names: list[str]) -> str:
+    groups = list(next(iter(results.values())))
+    rows = []
+    for name in (n for n in names if n in results):
+        rates = [results[name][group] for group in groups]
+        rows.append([name, *(f"{r['per']:.1f} ({r['low']:.1f}–{r['high']:.1f})" for r in rates)])
+    head = "Phoneme errors, % (95 % interval), of the recogniser that codebook 0 was trained in:\n\n"
+    return head + table(["codec", *groups], rows)
+
+
 def words_table(words: dict[str, Any], names: list[str]) -> str:
     """Single codebooks beyond the first are in the JSON and the plot only."""
     keys = [key for key in _order(words, names) if key == LOG_MEL or key.endswith("/0") or "-" in key.split("/")[1]]
@@ -200,7 +210,10 @@ def bars(
 
 
 def plots(out: Path, results: Results, names: list[str]) -> None:
-    """words.png, speaker.png, emotion.png, fidelity.png, use.png, stability.png, speed.png: what was measured."""
+    """A picture of each part that was measured, by its name."""
+    if found := results.get("phonemes"):
+        rates = {name: {group: r["per"] for group, r in found[name].items()} for name in names if name in found}
+        bars(out / "phonemes.png", {"phonemes misheard": rates}, "%", {})
     if words := results.get("words"):
         groups = list(next(iter(words.values()))["tests"])
         panels = {
@@ -268,6 +281,8 @@ def write_report(out: Path, codecs: dict[str, Codec], results: Results) -> str:
     words = {True: "reached", False: "not reached", None: f"not judged: no WER below {READABLE:g}"}
     rows = [[v.what, v.on, v.value, v.bound, words[v.reached]] for v in found]
     parts = [table(["asked", "speech", "measured", "bound", ""], rows)] if rows else []
+    if "phonemes" in results:
+        parts.append(phonemes_table(results["phonemes"], names))
     if "words" in results:
         parts.append(words_table(results["words"], names))
     if "speaker" in results or "emotion" in results:

@@ -5,19 +5,20 @@ Finished results are kept in the ``parts`` of the out folder: an interrupted eva
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
 from pydantic import Field
 
-from speechllm.codec import Codec, EncodecCodec, EncodecConfig, load_codec
+from speechllm.codec import Codec, EncodecCodec, EncodecConfig, SpeechCodec, load_codec
 from speechllm.data.corpus import Item
 from speechllm.errors import InputError
-from train.codec_measures import CHANGES, Judge, fidelity, same_codes, speech_of, speed, use
+from train.codec_data import transcribable
+from train.codec_measures import CHANGES, Judge, fidelity, misheard, same_codes, speech_of, speed, use
 from train.codec_probes import Clip, Heard, ProbeSettings, letters, read_trait, read_words
 from train.codec_report import ENCODEC, LOG_MEL, ORIGINAL, write_report
 from train.codec_selection import all_speakers, halves, pick, unseen_speakers
@@ -25,6 +26,7 @@ from train.config import Settings, read_config
 from train.resumable import Advance, Store, Unit
 
 SENTENCE = 4  # words
+AnyCodec = TypeVar("AnyCodec", bound=Codec)
 Name = Annotated[str, Field(pattern="^[^/|]+$")]  # becomes part of a key and of a table
 Groups = Annotated[dict[Name, list[Path]], Field(min_length=1, description="reported apart: name -> manifests")]
 TRAIT_PROBE = ProbeSettings(steps=400, dim=96, depth=2, kernel=5, learning_rate=1e-3, dropout=0.2, short_first=0)
@@ -73,6 +75,7 @@ class CodecEvaluation(Settings):
     out: Path
     seed: int = 0
     codecs: dict[Name, str] = Field(min_length=1, description="name -> folder; the first is judged, by the others too")
+    phonemes: MeasureSettings
     words: WordSettings
     speaker: SpeakerSettings
     emotion: EmotionSettings
@@ -218,19 +221,28 @@ def fidelity_units(codecs: dict[str, Codec], settings: MeasureSettings, seed: in
 
 
 def measure_units(
-    codecs: dict[str, Codec],
+    codecs: Mapping[str, AnyCodec],
     settings: MeasureSettings,
     seed: int,
-    measure: Callable[[Codec, list[Item], Advance], dict[str, Any]],
+    measure: Callable[[AnyCodec, list[Item], Advance], dict[str, Any]],
+    wanted: Callable[[Item], object] = bool,
+    what: str = "audio",
 ) -> Iterator[Unit]:
     """One measurement of each codec on each group."""
-    groups = {g: pick(paths, "test", settings.clips, seed, bool, "audio") for g, paths in settings.tests.items()}
+    groups = {g: pick(paths, "test", settings.clips, seed, wanted, what) for g, paths in settings.tests.items()}
 
-    def run(codec: Codec, advance: Advance) -> dict[str, Any]:
+    def run(codec: AnyCodec, advance: Advance) -> dict[str, Any]:
         return {group: measure(codec, items, advance) for group, items in groups.items()}
 
     for name, codec in codecs.items():
         yield Unit(name, sum(map(len, groups.values())), partial(run, codec))
+
+
+def phoneme_units(codecs: dict[str, Codec], settings: MeasureSettings, seed: int) -> Iterator[Unit]:
+    """What the recognisers hear of the codecs that were trained in one."""
+    trained = {name: codec for name, codec in codecs.items() if isinstance(codec, SpeechCodec)}
+    what = "a verbatim text in a language that espeak-ng speaks"
+    return measure_units(trained, settings, seed, misheard, lambda item: transcribable([item]), what)
 
 
 def stability(codec: Codec, items: list[Item], advance: Advance) -> dict[str, Any]:
@@ -255,6 +267,7 @@ def speed_units(codecs: dict[str, Codec], settings: SpeedSettings, seed: int) ->
 
 
 PARTS: dict[str, Callable[[dict[str, Codec], Any, int], Iterator[Unit]]] = {
+    "phonemes": phoneme_units,
     "words": word_units,
     "speaker": speaker_units,
     "emotion": emotion_units,
