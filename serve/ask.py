@@ -18,6 +18,7 @@ from serve.loading import (
     DeviceOption,
     ModelOption,
     QuantizeOption,
+    check_folder,
     make_answerer,
 )
 from serve.plain_errors import USER_ERROR, plain_errors
@@ -26,7 +27,7 @@ from speechllm.errors import InputError
 from speechllm.options import Options
 from speechllm.prompt_file import find_prompt_file, read_prompt_file
 
-BEAMS = 4  # an eighth fewer words of dev captions are wrong than with one, in twice the time; 8 are no better
+BEAMS = 4  # a ninth fewer words of dev captions are wrong than with one, in twice the time; labels stay as they are
 
 
 def ask(
@@ -73,7 +74,9 @@ def ask(
     batch: BatchOption = 16,
     beams: Annotated[
         int | None,
-        typer.Option(help=f"Hypotheses kept side by side; without it {BEAMS}, one where words are streamed or drawn."),
+        typer.Option(
+            help=f"Hypotheses kept side by side; without it {BEAMS}, or --batch; one where words are streamed or drawn."
+        ),
     ] = None,
     temperature: Annotated[float, typer.Option(help="Above 0, words are drawn at random.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest that have this probability together.")] = 1.0,
@@ -113,6 +116,8 @@ def ask(
         examples_given = shots is not None or bool(shot)
         unheard = not (audio or microphone or examples_given) and all(map(on_text_alone, instructions))
         _check(audio, instructions, microphone, format, output_dir, fallback, examples_given, unheard)
+        for checkpoint in (model, fallback):
+            check_folder(checkpoint)
         if stream:
             _check_stream(format, output_dir, fallback, certain_late=(beams or 1) > 1 or min_confidence > 0)
         files = [NO_AUDIO] if unheard else collect(audio or ())

@@ -246,7 +246,7 @@ def ask_files(
 
 def ask_program(files: Sequence[str], model: Path, batch: int, threads: int) -> tuple[float, float | None]:
     """`speechllm ask` as a program: seconds from its start to its first answer, and the most memory it held, in MB."""
-    options = ("--model", str(model), "--batch", str(batch), "--device", "cpu")
+    options = ("--model", str(model), "--batch", str(batch), "--beams", "1", "--device", "cpu")
     command = [sys.executable, "-m", "serve.cli", "ask", INSTRUCTION, *files, *options]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     started = time.perf_counter()

@@ -44,15 +44,23 @@ DeviceOption = Annotated[Device, typer.Option(help="Where the language model run
 QuantizeOption = Annotated[
     Quantize | None, typer.Option(help="Round the language model's weights: faster on CPUs, a little less exact.")
 ]
-BatchOption = Annotated[int, typer.Option("--batch", "-b", min=1, help="Pieces of audio answered at once.")]
+BatchOption = Annotated[
+    int, typer.Option("--batch", "-b", min=1, help="Pieces of audio answered at once, times their beams.")
+]
+
+
+def check_folder(model: Path | None) -> Path:
+    """The checkpoint that is meant. Raises InputError for a folder that is none, before torch has been waited for."""
+    from speechllm.checkpoint_settings import DEFAULT, read_settings
+
+    folder = DEFAULT if model is None else model
+    read_settings(folder)
+    return folder
 
 
 def load(model: Path | None, device: Device, adapter: str | None = None) -> Checkpoint:
     """The checkpoint. Raises InputError."""
-    from speechllm.checkpoint_settings import DEFAULT, read_settings
-
-    folder = DEFAULT if model is None else model
-    read_settings(folder)  # what is no checkpoint is told before torch has been waited for
+    folder = check_folder(model)
     warnings.simplefilter("ignore")
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     import torch

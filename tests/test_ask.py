@@ -43,7 +43,14 @@ def test_the_command_says_what_the_answerer_does(tiny_checkpoint: Path, files: l
 
 @pytest.mark.parametrize(
     ("options", "beams"),
-    [((), BEAMS), (("--batch", "2"), 2), (("--beams", "1"), 1), (("--beams", "3"), 3), (("--temperature", "1e-9"), 1)],
+    [
+        ((), BEAMS),
+        (("--batch", "2"), 2),
+        (("--beams", "1"), 1),
+        (("--beams", "3"), 3),
+        (("--temperature", "1e-9"), 1),
+        (("--top-p", "1e-9"), 1),
+    ],
 )
 def test_hypotheses(tiny_checkpoint: Path, files: list[str], options: tuple[str, ...], beams: int) -> None:
     """That there were several shows in how sure the best one is."""

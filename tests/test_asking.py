@@ -38,9 +38,7 @@ def items(tmp_path: Path) -> list[Item]:
     return found
 
 
-def test_the_server_answers_as_the_command_line_and_is_gone_afterwards(
-    items: list[Item], tiny_checkpoint: Path
-) -> None:
+def test_the_server_answers_as_the_answerer_and_is_gone_afterwards(items: list[Item], tiny_checkpoint: Path) -> None:
     task = TASKS["transcribe"]
     questions = [*pose(items, task), *pose(items, task, task.held_out[0]), *pose(items[:1], TASKS["gender"])]
     steps: list[int] = []

@@ -114,16 +114,19 @@ def test_phonemes_misheard_by_hand(codec: SpeechCodec, speech: Path, monkeypatch
     codec = filled(SpeechCodec(codec.config.model_copy(update={"phonemes": known})))
     path = [known.index(phoneme) + 1 for phoneme in said[1:-1]]  # and the first one is not
 
-    def recognize(hidden: torch.Tensor) -> torch.Tensor:
+    def recognize(vectors: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(vectors[0], codec.code_vectors()[codes])
         frames = [index for index in path for _ in range(2)]
-        frames += [0] * (hidden.shape[1] - len(frames))
+        frames += [0] * (vectors.shape[1] - len(frames))
         return torch.nn.functional.one_hot(torch.tensor([frames]), 1 + len(known)).float()
 
     monkeypatch.setattr(codec.semantic, "recognize", recognize)
     items = [item for item in pick([speech], "test", 20, 0, bool, "audio") if item.utterance.text == "two cows"]
+    codes = codec.encode(items[0].wav(16000), n_q=1)[0]
+    assert len(set(codes.tolist())) > 3
     assert heard(codec, items[0].wav(16000)) == said[1:-1]
-    found = misheard(codec, items, quiet)
-    assert (found["clips"], found["phonemes"]) == (len(items), len(items) * len(said))
+    found = misheard(codec, items[:1] * 3, quiet)
+    assert (found["clips"], found["phonemes"]) == (3, 3 * len(said))
     assert found["per"] == found["low"] == found["high"] == pytest.approx(200 / len(said))
 
 
@@ -327,6 +330,7 @@ def test_kept_results(tmp_path: Path) -> None:
 
 
 def test_whole_command(settings: dict[str, Any], tmp_path: Path) -> None:
+    require_engine("espeak-ng")
     config, out = write_yaml(tmp_path / "evaluate.yaml", settings), tmp_path / "out"
     command(evaluate_codec.main, "--config", config, "--only", "words,use")
     kept = out / "parts" / "words.json"
@@ -342,7 +346,6 @@ def test_whole_command(settings: dict[str, Any], tmp_path: Path) -> None:
     parts = ("phonemes", "words", "speaker", "emotion", "fidelity", "use", "stability", "speed")
     assert {*parts} < set(results)
     assert results["phonemes"]["ours"] == results["phonemes"]["plain"]
-    assert results["phonemes"]["ours"]["noise"]["per"] > 50, "noise"
     assert set(results["emotion"]) == {f"noise/{k}" for k in (LOG_MEL, "ours/0", "ours/0-1", "plain/0", "plain/0-1")}
     assert results["speaker"]["noise/ours/0"]["chance"] == 50 and len(results["speaker"]["noise/ours/0"]["runs"]) == 2
     assert set(results["fidelity"]) == {"original", "ours/2", "plain/2"}

@@ -18,22 +18,69 @@ FORBIDDEN = {
     "serve": ("train", "deepspeed"),
     "speechllm.codec": tuple(
         f"speechllm.{name}"
-        for name in ("vocabulary", "text", "tasks", "prompt", "data", "model", "generate", "checkpoint", "metrics")
+        for name in (
+            "vocabulary",
+            "text",
+            "tasks",
+            "prompt",
+            "data",
+            "model",
+            "generate",
+            "checkpoint",
+            "checkpoint_settings",
+            "metrics",
+        )
     ),
     "speechllm.vocabulary": tuple(
         f"speechllm.{name}"
-        for name in ("audio", "codec", "text", "tasks", "prompt", "data", "model", "generate", "checkpoint", "metrics")
+        for name in (
+            "audio",
+            "codec",
+            "text",
+            "tasks",
+            "prompt",
+            "data",
+            "model",
+            "generate",
+            "checkpoint",
+            "checkpoint_settings",
+            "metrics",
+        )
     ),
     "speechllm.tasks": tuple(
         f"speechllm.{name}"
-        for name in ("audio", "codec", "vocabulary", "text", "prompt", "data", "model", "generate", "checkpoint")
+        for name in (
+            "audio",
+            "codec",
+            "vocabulary",
+            "text",
+            "prompt",
+            "data",
+            "model",
+            "generate",
+            "checkpoint",
+            "checkpoint_settings",
+        )
     ),
-    "speechllm.prompt": tuple(f"speechllm.{name}" for name in ("data", "model", "generate", "checkpoint", "metrics")),
-    "speechllm.data": tuple(f"speechllm.{name}" for name in ("model", "generate", "checkpoint")),
+    "speechllm.prompt": tuple(
+        f"speechllm.{name}" for name in ("data", "model", "generate", "checkpoint", "checkpoint_settings", "metrics")
+    ),
+    "speechllm.data": tuple(f"speechllm.{name}" for name in ("model", "generate", "checkpoint", "checkpoint_settings")),
     "speechllm.model": (
         *(
             f"speechllm.{name}"
-            for name in ("audio", "codec", "vocabulary", "text", "tasks", "prompt", "data", "generate", "checkpoint")
+            for name in (
+                "audio",
+                "codec",
+                "vocabulary",
+                "text",
+                "tasks",
+                "prompt",
+                "data",
+                "generate",
+                "checkpoint",
+                "checkpoint_settings",
+            )
         ),
         "torch.optim",
         "sentencepiece",
@@ -45,6 +92,7 @@ FORBIDDEN = {
 ALLOWED = {
     "speechllm.errors": (),
     "speechllm._torchaudio": (),
+    "speechllm.checkpoint_settings": ("speechllm.errors",),
     "speechllm._mp3": (),
     "speechllm._containers": ("speechllm.errors", "speechllm._mp3"),
     "speechllm.audio": ("speechllm.errors", "speechllm._torchaudio", "speechllm._containers"),

@@ -88,17 +88,17 @@ def use(codec: Codec, items: Sequence[Item], advance: Advance) -> dict[str, obje
     }
 
 
+@torch.inference_mode()
 def heard(codec: SpeechCodec, wav: Tensor) -> list[str]:
-    """The phonemes that the recogniser behind codebook 0 hears in ``wav [1, samples]``, at the codec's rate."""
-    mel = codec.mel(F.pad(wav, (0, -wav.shape[-1] % codec.hop_length)))
-    quantized = codec.semantic.quantizer(codec.semantic.hidden(mel), freeze_codebook=True)[0]
-    (path,) = greedy(codec.semantic.recognize(quantized), torch.tensor([quantized.shape[1]]))
+    """The phonemes that the recogniser behind codebook 0 reads in the codes of ``wav [1, samples]``."""
+    codes = codec.encode(wav, n_q=1)
+    vectors = codec.semantic.quantizer.get_output_from_indices(codes)  # [1, frames, dim]
+    (path,) = greedy(codec.semantic.recognize(vectors), torch.tensor([codes.shape[1]]))
     return [codec.config.phonemes[index - 1] for index in path]
 
 
-@torch.inference_mode()
 def misheard(codec: SpeechCodec, items: Sequence[Item], advance: Advance) -> dict[str, float | int]:
-    """Phoneme error rate of :func:`heard` in percent, with its 95 % interval: what codebook 0 says of the words.
+    """Phoneme error rate of :func:`heard` in percent, with its 95 % interval: how well codebook 0 tells words.
 
     The phonemes are those that espeak-ng reads from the texts; one that the recogniser does not know counts as wrong.
     """

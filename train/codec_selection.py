@@ -41,13 +41,6 @@ def unseen_speakers(manifests: Sequence[Path], most: int, seed: int) -> list[Ite
     return _of_each_speaker(chosen, most, seed)
 
 
-def all_speakers(manifests: Sequence[Path], most: int, seed: int) -> list[Item]:
-    """Clips of all splits, at most ``most`` of each speaker."""
-    splits: tuple[Split, ...] = (*LEARNT_FROM, "test")
-    items = [item for path in manifests for split in splits for item in read_corpus([path], split, may_be_empty=True)]
-    return _of_each_speaker(items, most, seed)
-
-
 def _of_each_speaker(items: Sequence[Item], most: int, seed: int) -> list[Item]:
     clips: dict[str, list[Item]] = {}
     for item in items:

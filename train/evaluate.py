@@ -21,6 +21,7 @@ from speechllm.checkpoint_settings import DEFAULT, read_settings
 from speechllm.data.corpus import read_corpus
 from speechllm.data.manifest import Split
 from speechllm.errors import InputError
+from speechllm.options import Options
 from speechllm.tasks import TASKS
 from train.asking import Server
 from train.baseline_system import System
@@ -146,7 +147,7 @@ def main(
     adapter: Annotated[str | None, typer.Option(help="of the checkpoint, by its name or folder")] = None,
     split: Annotated[Split, typer.Option(help="which part of the sets")] = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="only the first clips of each set")] = None,
-    beams: Annotated[int, typer.Option(min=1, help="hypotheses kept for each answer")] = 1,
+    beams: Annotated[int, typer.Option(min=1, max=Options.MAX_BEAMS, help="hypotheses kept for each answer")] = 1,
     compares: Annotated[
         bool, typer.Option("--compare", help="nothing is asked: the paths are results.json of several runs")
     ] = False,

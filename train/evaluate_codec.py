@@ -21,7 +21,7 @@ from train.codec_data import transcribable
 from train.codec_measures import CHANGES, Judge, fidelity, misheard, same_codes, speech_of, speed, use
 from train.codec_probes import Clip, Heard, ProbeSettings, letters, read_trait, read_words
 from train.codec_report import ENCODEC, LOG_MEL, ORIGINAL, write_report
-from train.codec_selection import all_speakers, halves, pick, unseen_speakers
+from train.codec_selection import halves, pick, unseen_speakers
 from train.config import Settings, read_config
 from train.resumable import Advance, Store, Unit
 
@@ -42,7 +42,6 @@ class WordSettings(Settings):
 
 class SpeakerSettings(Settings):
     tests: Groups
-    foreign: dict[Name, list[Path]] = Field({}, description="as tests, but all splits: sets no codec was trained on")
     clips: int = Field(60, ge=2, description="at most, of each speaker")
     least: int = Field(8, ge=1, description="clips of a speaker in each half")
     repeats: int = Field(3, ge=1, description="probes with different seeds; their mean counts")
@@ -180,7 +179,6 @@ def trait_units(
 def speaker_units(codecs: dict[str, Codec], settings: SpeakerSettings, seed: int) -> Iterator[Unit]:
     """Who speaks, among the speakers of a group, who are in no other split of their set."""
     groups = {group: unseen_speakers(paths, settings.clips, seed) for group, paths in settings.tests.items()}
-    groups |= {group: all_speakers(paths, settings.clips, seed) for group, paths in settings.foreign.items()}
     tasks = {group: halves(items, settings.least) for group, items in groups.items()}
     return trait_units(codecs, tasks, lambda i: i.utterance.speaker or "", settings.probe, settings.repeats, seed)
 
@@ -293,6 +291,8 @@ def evaluate(config: CodecEvaluation, parts: list[str]) -> str:
         stores[name] = Store(config.out / "parts" / f"{name}.json", of)
     for name in parts:
         stores[name].fill(name, PARTS[name](codecs, getattr(config, name), config.seed))
+    if not any(stores[name].results for name in parts):
+        raise InputError(f"--only {','.join(parts)}: none of the codecs has a recogniser")
     return write_report(config.out, codecs, {name: store.results for name, store in stores.items() if store.results})
 
 

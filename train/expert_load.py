@@ -103,7 +103,7 @@ class ExpertLoad:
         (out / "experts.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
 
     def plot(self, out: Path) -> None:
-        """``experts.png``, of what :meth:`write` wrote last: drawing takes longer than to save a small model."""
+        """``experts.png``, of what :meth:`write` wrote last: drawing takes longer than saving a small model."""
         if self._written is not None:
             counts, steps = self._written
             plot_load(counts, self.tasks, steps, out / "experts.png")

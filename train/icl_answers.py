@@ -1,4 +1,4 @@
-"""What a checkpoint answers after shots: among labels as ``speechllm ask --label`` does, or in words."""
+"""What a checkpoint answers after shots: among labels as with ``--label``, or in words."""
 
 from __future__ import annotations
 

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
 
 def prepare_environment() -> None:
-    """What the launcher would have set, for a start with plain ``python``; and this environment's programs come first
-    on the path, as when it is activated: with another ninja than the last one DeepSpeed compiles its C++ part anew.
+    """Make a start with plain ``python`` like one by the launcher, and any start like one in an activated environment.
+
+    Sets the launcher's variables that are missing, and puts the environment's programs first on the path: whenever
+    DeepSpeed finds another ninja than before, it compiles its C++ part anew.
     """
     programs, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
     if path.split(os.pathsep)[0] != programs:
-        os.environ["PATH"] = f"{programs}{os.pathsep}{path}"
+        os.environ["PATH"] = os.pathsep.join(filter(None, (programs, path)))
     for name, value in {
         "RANK": 0,
         "LOCAL_RANK": 0,

@@ -239,6 +239,7 @@ class Trainer:
                         log.write(self.step, **means)
                     if stop:
                         self.save()
+                        self.meter.experts.plot(config.out)
                         return False
                 if self.step % config.save_every == 0 or last:
                     with self.meter.paused():
