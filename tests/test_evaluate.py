@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from speechllm.audio import write_audio
 from speechllm.data.corpus import Item
 from speechllm.data.manifest import Utterance, write_manifest
+from speechllm.errors import InputError
 from speechllm.metrics import bootstrap_interval, chrf, interval, ratio
 from speechllm.tasks import TASKS, ParsedAnswer, Speaker, Time
 from train import evaluate
@@ -245,6 +246,23 @@ def test_a_suite_goes_on_where_it_was_stopped(
         other = CliRunner().invoke(app, [*map(str, arguments), *setting])
         assert other.exit_code == 2
         assert "was asked with other settings" in other.output
+
+
+def test_the_server_is_told_how_many_hypotheses_to_keep(
+    suite: Path, manifest: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(model: Path, adapter: str | None, beams: int) -> Server:
+        raise InputError(f"{beams} are asked for")
+
+    write_manifest(manifest, UTTERANCES)
+    monkeypatch.setattr(evaluate, "Server", refuse)
+    app = Typer()
+    app.command()(evaluate.main)
+    arguments = ["--suite", suite, "--model", tiny_checkpoint, "--out", tmp_path / "out"]
+    for options, beams in (((), 1), (("--beams", "3"), 3)):
+        result = CliRunner().invoke(app, [*map(str, arguments), *options])
+        assert result.exit_code == 2
+        assert f"error: {beams} are asked for" in result.output
 
 
 def test_baselines_do_not_depend_on_the_weights(suite: Path, manifest: Path) -> None:
