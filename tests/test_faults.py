@@ -14,7 +14,7 @@ from conftest import ROOT, run_program, write_yaml
 
 from speechllm.checkpoint import load_checkpoint
 
-STEPS, KILLS = 16, 9
+STEPS, KILLS = 24, 9
 # Starts the command again and again in a child that is killed (with the loaders it started) at a random moment after it
 # has saved no, one or two states, until KILLS were killed; then once more, to the end.
 KILLED = """
@@ -29,7 +29,7 @@ from random import Random
 from train import pretrain
 
 out, kills, rng = Path(sys.argv.pop()), int(sys.argv.pop()), Random(0)
-latest, seen, period, killed = out / "state" / "latest", [], 1.0, True
+latest, seen, period, killed = out / "state" / "latest", [], 0.3, True
 
 
 def ended(child):
@@ -47,11 +47,12 @@ while killed:
         pretrain.main()
         os._exit(0)
     if kills:
-        for _ in range(max(kills % 3, not latest.exists())):
+        for number in range(max(kills % 3, not latest.exists())):
             begun, before = time.monotonic(), counting()
             while counting() == before and not ended(child):
                 time.sleep(0.001)
-            period = time.monotonic() - begun  # of a step and a save, when it is not the first
+            if number:  # before the first save there is the start
+                period = time.monotonic() - begun  # of a step and a save
         time.sleep(rng.uniform(0, period))
         if not ended(child):
             os.killpg(child, signal.SIGKILL)
