@@ -71,6 +71,7 @@ def train(path, stop):
         "changed": [name for name, value in frozen.items() if not torch.equal(value, now[name])],
         "trained": [name for name in now if name not in frozen],
         "sources": [trainer.mixture.rows[row]["source"] for row in drawn],
+        "rows": drawn,
     }
     (config.out / f"rank-{trainer.rank}.json").write_text(json.dumps(note))
 
@@ -159,8 +160,8 @@ def runs(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-def noted(out: Path, rank: int = 0) -> dict[str, list[str]]:
-    note: dict[str, list[str]] = json.loads((out / f"rank-{rank}.json").read_text())
+def noted(out: Path, rank: int = 0) -> dict[str, list[Any]]:
+    note: dict[str, list[Any]] = json.loads((out / f"rank-{rank}.json").read_text())
     return note
 
 
@@ -306,7 +307,7 @@ def test_two_processes_share_the_weights(
     write_yaml(tmp_path / "two.yaml", settings | changes)
     observe(tmp_path, "two", processes=2)
     assert all(noted(tmp_path / "run", rank)["changed"] == [] for rank in range(2))
-    assert noted(tmp_path / "run", 0)["sources"] != noted(tmp_path / "run", 1)["sources"]
+    assert noted(tmp_path / "run", 0)["rows"] != noted(tmp_path / "run", 1)["rows"]
     weights = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert {len(w.shape) for w in weights.values()} == {2} and all(w.any() for w in weights.values())
     adapted = logits(tiny_checkpoint, adapter=tmp_path / "run" / "adapter")
