@@ -190,7 +190,7 @@ def test_the_task_of_a_prompt_file_holds(timed: Path, clips: list[str], tmp_path
     shots = "shots: [{audio: a.wav, answer: <|spk1|><|0.00|> Hello. <|0.48|>}]"
     for lines in ((), (shots,)):
         path = str(table(tmp_path / "p.yaml", f"instruction: {OWN_WORDS}", "task: diarize", *lines))
-        first = json.loads(ask(timed, OWN_WORDS, clips[1], "--shots", path, "-f", "json").stdout)
+        first = json.loads(ask(timed, OWN_WORDS, clips[1], "--shots", path, "-f", "json", "--beams", "1").stdout)
         assert first["task"] == "diarize"
         assert "<|" in first["text"]
         streamed = ask(timed, OWN_WORDS, clips[1], "--shots", path, "--stream")

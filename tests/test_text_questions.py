@@ -126,7 +126,7 @@ def test_on_the_command_line(tiny_checkpoint: Path) -> None:
     plain = ask(tiny_checkpoint, GERMAN)
     assert plain.stdout.splitlines() == [answers[0]["text"]]
     assert "warning: the text: the answer was cut" in plain.stderr  # at six pieces
-    assert ask(tiny_checkpoint, GERMAN, "--stream").stdout == plain.stdout
+    assert ask(tiny_checkpoint, GERMAN, "--stream").stdout == ask(tiny_checkpoint, GERMAN, "--beams", "1").stdout
 
 
 def test_on_the_command_line_anything_else_needs_audio(tiny_checkpoint: Path, tmp_path: Path) -> None:
