@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("speechllm", "train", "serve")
 COMMAND_LINE = ("argparse", "click", "typer", "optparse", "fire")
+CHECKPOINT = ("checkpoint", "checkpoint_settings")
 
 # module or package -> what neither it nor anything below it may import, at top level or inside a function
 FORBIDDEN = {
@@ -18,69 +19,22 @@ FORBIDDEN = {
     "serve": ("train", "deepspeed"),
     "speechllm.codec": tuple(
         f"speechllm.{name}"
-        for name in (
-            "vocabulary",
-            "text",
-            "tasks",
-            "prompt",
-            "data",
-            "model",
-            "generate",
-            "checkpoint",
-            "checkpoint_settings",
-            "metrics",
-        )
+        for name in ("vocabulary", "text", "tasks", "prompt", "data", "model", "generate", *CHECKPOINT, "metrics")
     ),
     "speechllm.vocabulary": tuple(
         f"speechllm.{name}"
-        for name in (
-            "audio",
-            "codec",
-            "text",
-            "tasks",
-            "prompt",
-            "data",
-            "model",
-            "generate",
-            "checkpoint",
-            "checkpoint_settings",
-            "metrics",
-        )
+        for name in ("audio", "codec", "text", "tasks", "prompt", "data", "model", "generate", *CHECKPOINT, "metrics")
     ),
     "speechllm.tasks": tuple(
         f"speechllm.{name}"
-        for name in (
-            "audio",
-            "codec",
-            "vocabulary",
-            "text",
-            "prompt",
-            "data",
-            "model",
-            "generate",
-            "checkpoint",
-            "checkpoint_settings",
-        )
+        for name in ("audio", "codec", "vocabulary", "text", "prompt", "data", "model", "generate", *CHECKPOINT)
     ),
-    "speechllm.prompt": tuple(
-        f"speechllm.{name}" for name in ("data", "model", "generate", "checkpoint", "checkpoint_settings", "metrics")
-    ),
-    "speechllm.data": tuple(f"speechllm.{name}" for name in ("model", "generate", "checkpoint", "checkpoint_settings")),
+    "speechllm.prompt": tuple(f"speechllm.{name}" for name in ("data", "model", "generate", *CHECKPOINT, "metrics")),
+    "speechllm.data": tuple(f"speechllm.{name}" for name in ("model", "generate", *CHECKPOINT)),
     "speechllm.model": (
         *(
             f"speechllm.{name}"
-            for name in (
-                "audio",
-                "codec",
-                "vocabulary",
-                "text",
-                "tasks",
-                "prompt",
-                "data",
-                "generate",
-                "checkpoint",
-                "checkpoint_settings",
-            )
+            for name in ("audio", "codec", "vocabulary", "text", "tasks", "prompt", "data", "generate", *CHECKPOINT)
         ),
         "torch.optim",
         "sentencepiece",
