@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,8 @@ class Vocabulary:
     times: marks of times that answers may hold, one every TIME_STEP seconds from 0.
     acoustic_stride: codebooks after the first are written on one frame of so many: who speaks, and how, changes more
     slowly than the sounds, and positions are dear.
+    mark_frames, mark_steps: between every so many frames stands the mark of the time that has passed, so many steps
+    each; 0 for none. For answers with times frames then need not be counted (TimeMarker, Chen et al. 2024).
     """
 
     text_size: int
@@ -29,12 +31,16 @@ class Vocabulary:
     merge_repeats: bool = False
     times: int = 0
     acoustic_stride: int = 1
+    mark_frames: int = 0
+    mark_steps: int = 0
 
     TIME_STEP: ClassVar[float] = 0.04  # seconds, a frame of our codec
     MAX_SPEAKERS: ClassVar[int] = 8
     MASKED: ClassVar[int] = -1  # in codes
     # Slots no task uses yet are kept, so that a new control token moves no other id.
     num_controls: ClassVar[int] = 32
+    # Settings that came later: left out of what is saved where they are 0, so that old layouts keep their fingerprints.
+    _later: ClassVar[frozenset[str]] = frozenset({"mark_frames", "mark_steps"})
     _controls: ClassVar[tuple[str, ...]] = (
         *("pad", "audio_begin", "audio_end", "answer", "end"),
         *(f"speaker_{number}" for number in range(1, 9)),
@@ -46,8 +52,12 @@ class Vocabulary:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise InputError(f"vocabulary.{name} must be a whole number of 1 or more, not {value!r}")
-        if type(self.times) is not int or self.times < 0:
-            raise InputError(f"vocabulary.times must be a whole number of 0 or more, not {self.times!r}")
+        for name in ("times", "mark_frames", "mark_steps"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise InputError(f"vocabulary.{name} must be a whole number of 0 or more, not {value!r}")
+        if bool(self.mark_frames) != bool(self.mark_steps) or (self.mark_frames and not self.times):
+            raise InputError("vocabulary.mark_frames needs mark_steps and times: set all of them, or neither mark")
         if type(self.merge_repeats) is not bool:
             raise InputError(f"vocabulary.merge_repeats must be true or false, not {self.merge_repeats!r}")
         if self.merge_repeats and self.n_q != 1:
@@ -130,8 +140,9 @@ class Vocabulary:
     def audio_ids(self, codes: Tensor) -> Tensor:
         """Codes [n_q, frames] to ids [seq] int64, frame by frame: c0 c1 c0 c1 …, or c0 c1 c0 c0 c1 … with a stride.
 
-        A code of MASKED gives the id `mask`. With merge_repeats: ids [runs], a run of equal codes as one id. Raises
-        ValueError for another shape, a dtype that is not integer, or a code outside [0, card).
+        Between them are marks of the time, where the layout has them. A code of MASKED gives the id `mask`. With
+        merge_repeats: ids [runs], a run of equal codes as one id. Raises ValueError for another shape, a dtype that is
+        not integer, or a code outside [0, card); InputError for more frames than there are marks of times.
         """
         if codes.ndim != 2 or codes.shape[0] != self.n_q:
             raise ValueError(f"codes must be [n_q={self.n_q}, frames], not {list(codes.shape)}")
@@ -144,14 +155,25 @@ class Vocabulary:
         ids = (codes + self._offsets(codes)).masked_fill(masked, self.mask)
         if self.merge_repeats:
             return torch.unique_consecutive(ids[0]) if ids.shape[1] else ids[0]
-        return ids.T[self._written(ids.shape[1], ids.device)]
+        written = self._written(ids.shape[1], ids.device)
+        if self.mark_frames:
+            marks, passed = self._marks(ids.shape[1], ids.device)
+            ids, written = torch.cat([passed[None], ids]), torch.cat([marks[:, None], written], dim=1)
+        return ids.T[written]
 
     def codes(self, ids: Tensor) -> Tensor:
         """Ids [seq] back to codes [n_q, frames] int64: the inverse of `audio_ids`, MASKED where a code is.
 
         What the stride left out is as on the frame before. With merge_repeats a frame is a run: how long it was is
-        gone. Raises ValueError when an id is no code of the codebook whose turn it is, or the last frame is not whole.
+        gone. Raises ValueError when an id is no code of the codebook whose turn it is, the last frame is not whole, or
+        the marks of the time are others than there should be.
         """
+        if self.mark_frames:
+            plain = replace(self, mark_frames=0, mark_steps=0)
+            codes = plain.codes(ids[(ids < self._times_start) | (ids >= self._audio_start)])
+            if not torch.equal(self.audio_ids(codes), ids):
+                raise ValueError("the marks of the time are not where they should be among the audio ids")
+            return codes
         whole, rest = divmod(ids.numel(), self.n_q + self.acoustic_stride - 1)
         frames = whole * self.acoustic_stride + max(0, rest - self.n_q + 1)
         if ids.ndim != 1 or 0 < rest < self.n_q:
@@ -171,6 +193,13 @@ class Vocabulary:
         written = torch.ones(frames, self.n_q, dtype=torch.bool, device=device)
         written[:, 1:] = (torch.arange(frames, device=device) % self.acoustic_stride == 0)[:, None]
         return written
+
+    def _marks(self, frames: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Bool [frames]: before which of them there is a mark of the time; and int64 [frames], the last mark passed."""
+        number = torch.arange(frames, device=device) // self.mark_frames
+        if frames:
+            self.time(int(number[-1]) * self.mark_steps * self.TIME_STEP)
+        return number.diff(prepend=number[:1]) > 0, self._times_start + number * self.mark_steps
 
     def is_text(self, ids: Tensor) -> Tensor:
         """Bool, shape of ids: text pieces."""
@@ -202,13 +231,13 @@ class Vocabulary:
 
     def to_dict(self) -> dict[str, int | bool]:
         """The settings, ready for JSON."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value or name not in self._later}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "Vocabulary":
         """The inverse of `to_dict`. Raises InputError for missing, unknown or invalid settings."""
         known = {field.name for field in fields(cls)}
-        if wrong := sorted(known ^ set(settings)):
+        if wrong := sorted(known ^ (set(settings) | cls._later)):
             problem = "unknown" if wrong[0] in settings else "missing"
             raise InputError(f"vocabulary.{wrong[0]}: {problem} setting (expected {', '.join(sorted(known))})")
         return cls(**settings)

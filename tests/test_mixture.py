@@ -238,6 +238,18 @@ def test_further_questions_go_on_from_the_audio(rows: Dataset) -> None:
     assert batch.audio_lengths.tolist() == [13]
 
 
+def test_marks_of_the_time_are_heard_with_the_codes(rows: Dataset) -> None:
+    marked = replace(PLAIN, times=26, mark_frames=2, mark_steps=2)
+    mixture = make(rows, "transcribe", "translate_de", vocabulary=marked)
+    dogs, boy = draws_of(mixture, "transcribe", "dogs", "boy")
+    batch = mixture.batch([replace(dogs, also=("translate_de",)), boy], 1000, Random(0))
+    assert batch.audio_lengths.tolist() == [2 * 6 + 2 + 1, 2 * 2 + 1]
+    heard = batch.lm.input_ids[batch.audio_mask].tolist()
+    assert [marked.seconds_of(index) for index in heard if marked.is_mark(torch.tensor(index))] == [0.08, 0.16]
+    assert [n for n, index in enumerate(heard) if index == marked.audio_end] == [14, 19]
+    assert len(heard) == 20 and marked.audio_begin not in heard
+
+
 @pytest.mark.parametrize("row_length", [1, 50, 1000])
 @pytest.mark.parametrize(
     ("vocabulary", "dogs", "boy", "silence"),

@@ -227,12 +227,14 @@ def test_speed_and_days(tiny: Sizes) -> None:
     assert f"{3600 * 25 / speed / 86400:.3g} days" in plan.report()
 
 
-@pytest.mark.parametrize(("n_q", "stride"), [(1, 1), (2, 3), (4, 2)])
-def test_ids_per_second_are_those_of_the_vocabulary(n_q: int, stride: int) -> None:
-    vocabulary = Vocabulary(10, n_q, 512, acoustic_stride=stride)
-    codes = torch.arange(25 * 6).expand(n_q, 25 * 6)  # six seconds
-    sizes = model_sizes(settings(n_q=n_q, acoustic_stride=stride, merge_repeats=False))
-    assert sizes.ids_per_second == pytest.approx(len(vocabulary.audio_ids(codes)) / 6)
+@pytest.mark.parametrize(("n_q", "stride", "marks"), [(1, 1, 0.0), (2, 3, 0.0), (4, 2, 0.48)])
+def test_ids_per_second_are_those_of_the_vocabulary(n_q: int, stride: int, marks: float) -> None:
+    layout = {"n_q": n_q, "acoustic_stride": stride, "time_marks": marks, "merge_repeats": False}
+    config = settings(**layout, tasks={"activity": 1})
+    vocabulary = config.vocabulary(10, load_codec(config.codec))
+    codes = torch.arange(25 * 6).expand(n_q, 25 * 6)  # six seconds, after the last of which there is no mark
+    sizes = model_sizes(config)
+    assert sizes.ids_per_second == pytest.approx(len(vocabulary.audio_ids(codes)) / 6, abs=0.1)
 
 
 def dry_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, str]:

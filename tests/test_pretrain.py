@@ -327,6 +327,11 @@ def test_a_second_run_in_the_same_folder_is_refused(
         ),
         ({"max_answer_tokens": 200}, "make sequences of 700 ids; model.max_positions = 512: raise it"),
         ({"start_from": "nowhere"}, "start_from: nowhere: not a checkpoint folder"),
+        ({"time_marks": 0.48}, "time_marks: no task tells times: set it to 0, or add such a task"),
+        (
+            {"time_marks": 0.5, "tasks": {"activity": 1}, "curriculum": {}, "merge_repeats": False},
+            "time_marks = 0.5 is no multiple of both 0.04 s and a frame of the codec (0.04 s): set another, or 0",
+        ),
         ({"n_q": 2, "merge_repeats": False, "max_audio_seconds": 8}, "encoded with 1 codebooks, 2 are asked for"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

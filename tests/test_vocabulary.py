@@ -27,6 +27,8 @@ def layouts_and_codes(draw: st.DrawFn) -> tuple[Vocabulary, Tensor]:
     codes = draw(st.lists(row, min_size=n_q, max_size=n_q))
     times, stride = draw(st.integers(0, 3)), draw(st.integers(1, 5))
     vocabulary = Vocabulary(draw(st.integers(1, 50)), n_q, card, times=times, acoustic_stride=stride)
+    if draw(st.booleans()):
+        vocabulary = replace(vocabulary, times=40, mark_frames=draw(st.integers(1, 14)), mark_steps=3)
     return vocabulary, torch.tensor(codes, dtype=torch.int64).reshape(n_q, frames)
 
 
@@ -61,6 +63,27 @@ def test_acoustic_codes_are_written_on_one_frame_of_so_many() -> None:
     assert one.audio_ids(codes[:1]).tolist() == ONE.audio_ids(codes[:1]).tolist()
 
 
+def test_marks_of_the_time_stand_between_the_frames() -> None:
+    marked = replace(TWO, times=20, acoustic_stride=2, mark_frames=2, mark_steps=4)  # frames of 0.08 s
+    first, second, mark = 152, 160, 132
+    codes = torch.tensor([[0, 1, 2, 3, 4], [5, 5, 6, 6, 7]])
+    ids = [first, second + 5, first + 1, mark + 4, first + 2, second + 6, first + 3, mark + 8, first + 4, second + 7]
+    assert marked.audio_ids(codes).tolist() == ids
+    assert [marked.seconds_of(index) for index in (ids[3], ids[7])] == [0.16, 0.32]
+    assert torch.equal(marked.codes(torch.tensor(ids)), codes)
+    assert marked.audio_ids(codes[:, :2]).tolist() == ids[:3]  # none after the last frame
+    assert marked.audio_ids(codes[:, :0]).shape == (0,)
+    assert marked.size == TWO.size + 20
+    for wrong in (ids[:3] + ids[4:], [*ids[:3], mark + 5, *ids[4:]], [*ids[:2], mark + 4, ids[2], *ids[4:]]):
+        with pytest.raises(ValueError, match="marks of the time are not where"):
+            marked.codes(torch.tensor(wrong))
+    with pytest.raises(InputError, match=r"a time of 0\.80 s: marks go from 0 to 0\.76 s"):
+        marked.audio_ids(torch.zeros(2, 11, dtype=torch.int64))
+    for lacking in ({"mark_steps": 0}, {"mark_frames": 0}, {"times": 0}):
+        with pytest.raises(InputError, match="needs mark_steps and times"):
+            replace(marked, **lacking)
+
+
 def test_masked_codes_are_one_id() -> None:
     assert TWO.mask == 113
     codes = torch.tensor([[0, -1, 7], [2, -1, -1]])
@@ -79,9 +102,10 @@ def test_flattening_is_reversible(case: tuple[Vocabulary, Tensor]) -> None:
     n_q, frames = codes.shape
     ids = vocabulary.audio_ids(codes)
     written = range(0, frames, vocabulary.acoustic_stride)
-    assert ids.shape == (frames + len(written) * (n_q - 1),)
-    assert bool(vocabulary.is_audio(ids).all())
-    assert not bool((vocabulary.is_text(ids) | vocabulary.is_mark(ids)).any())
+    marks = range(vocabulary.mark_frames, frames, vocabulary.mark_frames) if vocabulary.mark_frames else ()
+    assert ids.shape == (frames + len(written) * (n_q - 1) + len(marks),)
+    assert torch.equal(vocabulary.is_audio(ids), ~vocabulary.is_mark(ids))
+    assert int(vocabulary.is_mark(ids).sum()) == len(marks)
     held = codes.clone()
     for frame in range(frames):
         held[1:, frame] = codes[1:, frame - frame % vocabulary.acoustic_stride]
@@ -178,7 +202,7 @@ def test_text_pieces_keep_their_numbers() -> None:
     ("setting", "value"),
     [
         *(("text_size", 0), ("n_q", 0), ("card", -1), ("card", 8.0), ("merge_repeats", 1), ("times", -1)),
-        ("acoustic_stride", 0),
+        *(("acoustic_stride", 0), ("mark_frames", -1), ("mark_steps", 1.5)),
     ],
 )
 def test_wrong_settings_are_named(setting: str, value: object) -> None:
@@ -196,7 +220,8 @@ def test_wrong_settings_are_named(setting: str, value: object) -> None:
 
 
 def test_json_round_trip() -> None:
-    for vocabulary in (ONE, TWO, MERGED, replace(TWO, acoustic_stride=4)):
+    marked = replace(TWO, times=9, mark_frames=3, mark_steps=2)
+    for vocabulary in (ONE, TWO, MERGED, replace(TWO, acoustic_stride=4), marked):
         assert Vocabulary.from_dict(json.loads(json.dumps(vocabulary.to_dict()))) == vocabulary
     with pytest.raises(InputError, match=r"vocabulary\.extra: unknown"):
         Vocabulary.from_dict(TWO.to_dict() | {"extra": 1})
@@ -205,8 +230,10 @@ def test_json_round_trip() -> None:
 
 
 def test_fingerprint_tells_layouts_and_text_models_apart() -> None:
-    vocabularies = (ONE, TWO, MERGED, replace(TWO, acoustic_stride=2))
-    assert len({vocabulary.fingerprint(model) for vocabulary in vocabularies for model in (b"", b"a", b"b")}) == 12
+    timed = replace(TWO, times=9)
+    marked = replace(timed, mark_frames=1, mark_steps=1)
+    vocabularies = (ONE, TWO, MERGED, replace(TWO, acoustic_stride=2), timed, marked)
+    assert len({vocabulary.fingerprint(model) for vocabulary in vocabularies for model in (b"", b"a", b"b")}) == 18
     # Stored in checkpoints: this value must never change.
     assert TWO.fingerprint(b"a") == Vocabulary(100, 2, 8).fingerprint(b"a") == GOLDEN
 

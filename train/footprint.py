@@ -22,7 +22,6 @@ from speechllm.codec import load_codec
 from speechllm.errors import InputError
 from speechllm.model import experts, make_model, parameter_counts
 from speechllm.text import TextTokenizer
-from speechllm.vocabulary import Vocabulary
 from train.balance import make_balance
 from train.engine import on_machine
 from train.objective import Objective
@@ -106,9 +105,7 @@ def model_sizes(config: Pretraining) -> Sizes:
     base = _lm_config(config.init_from) if config.init_from else None
     text_size = base.vocab_size if base else TextTokenizer.load(config.text_model).size
     codec = load_codec(config.codec)
-    vocabulary = Vocabulary(
-        text_size, config.n_q, codec.card, config.merge_repeats, config.times, config.acoustic_stride
-    )
+    vocabulary = config.vocabulary(text_size, codec)
     with torch.device("meta"):
         if base:
             base.vocab_size = vocabulary.size
@@ -126,7 +123,8 @@ def model_sizes(config: Pretraining) -> Sizes:
         dense=sum(p.numel() for p in objective.parameters()) - in_experts,
         in_experts=in_experts,
         outputs=vocabulary.size + (text_size + 1 if config.ctc_weight else 0),
-        ids_per_second=codec.frame_rate * (1 + (config.n_q - 1) / config.acoustic_stride),
+        ids_per_second=codec.frame_rate * (1 + (config.n_q - 1) / config.acoustic_stride)
+        + (1 / config.time_marks if config.time_marks else 0),
     )
 
 

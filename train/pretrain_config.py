@@ -8,7 +8,9 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from speechllm.codec import Codec
 from speechllm.data.schedule import WINDOW
+from speechllm.errors import InputError
 from speechllm.model import SDPA, Attention, ModelConfig
 from speechllm.tasks import TRAINABLE
 from speechllm.vocabulary import Vocabulary
@@ -38,6 +40,7 @@ class Pretraining(Training):
     n_q: int = Field(1, ge=1, description="codebooks the LM sees")
     acoustic_stride: int = Field(1, ge=1, description="frames of which one has the codebooks after the first")
     merge_repeats: bool = Field(True, description="write a run of equal codes as one id")
+    time_marks: float = Field(0.0, ge=0, description="seconds between marks of the time among the codes; 0 for none")
     max_audio_seconds: float = Field(12.0, gt=0)
     max_answer_tokens: int = Field(96, gt=0)
 
@@ -131,6 +134,31 @@ class Pretraining(Training):
         if not any(TRAINABLE[name].marks for name in self.tasks):
             return 0
         return math.ceil(self.max_audio_seconds / Vocabulary.TIME_STEP) + 1
+
+    def vocabulary(self, text_size: int, codec: Codec) -> Vocabulary:
+        """The layout of ids. Raises InputError where time_marks does not fall on frames of the codec and on times."""
+        frames, steps = (round(self.time_marks * rate, 6) for rate in (codec.frame_rate, 1 / Vocabulary.TIME_STEP))
+        if not (frames.is_integer() and steps.is_integer()):
+            raise InputError(
+                f"time_marks = {self.time_marks:g} is no multiple of both {Vocabulary.TIME_STEP} s and a frame of the "
+                f"codec ({1 / codec.frame_rate:.4g} s): set another, or 0"
+            )
+        return Vocabulary(
+            text_size,
+            self.n_q,
+            codec.card,
+            self.merge_repeats,
+            self.times,
+            self.acoustic_stride,
+            int(frames),
+            int(steps),
+        )
+
+    @model_validator(mode="after")
+    def _marks_are_told(self) -> Pretraining:
+        if self.time_marks and not self.times:
+            raise ValueError("time_marks: no task tells times: set it to 0, or add such a task")
+        return self
 
     @model_validator(mode="after")
     def _times_are_heard(self) -> Pretraining:

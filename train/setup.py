@@ -47,9 +47,7 @@ def make_start(config: Pretraining, resumed: bool) -> Start:
         text = TextTokenizer.load(config.text_model)
     text_size = base.config.vocab_size if base else text.size
     codec = load_codec(config.codec)
-    vocabulary = Vocabulary(
-        text_size, config.n_q, codec.card, config.merge_repeats, config.times, config.acoustic_stride
-    )
+    vocabulary = config.vocabulary(text_size, codec)
     if base:
         most = base.config.max_position_embeddings
         limit = f"init_from: {config.init_from} has {most} positions: take another LM"

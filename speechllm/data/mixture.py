@@ -42,7 +42,7 @@ class TrainingBatch:
 
     lm: Batch
     example_ids: Tensor  # int64 [B, seq]: the example a position belongs to; -1 on padding
-    audio_mask: Tensor  # bool [B, seq]: the audio ids and the end-of-audio id
+    audio_mask: Tensor  # bool [B, seq]: the audio ids, marks among them too, and the end-of-audio id
     audio_lengths: Tensor  # int64 [clips]: how many of them are a clip's
     transcripts: Tensor  # int64 [clips, pieces], text ids padded with 0
     transcript_lengths: Tensor  # int64 [clips]; 0 where there is no transcript
@@ -214,7 +214,8 @@ class Mixture:
         return facts.duration * bool(example.codes.numel()) if turn.whole else min(facts.duration, sum(EXCERPT) / 2)
 
     def _listening(self, ids: Tensor) -> Tensor:
-        return self.vocabulary.is_audio(ids) | (ids == self.vocabulary.audio_end)
+        begin, end = ids == self.vocabulary.audio_begin, ids == self.vocabulary.audio_end
+        return (begin.cumsum(1) > end.cumsum(1)) & ~begin | end
 
 
 def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
