@@ -6,7 +6,6 @@ import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import groupby
 from random import Random
 
 from speechllm.metrics import normalize_text
@@ -140,17 +139,9 @@ class Told(Label):
 
 @dataclass(frozen=True)
 class NumberOfSpeakers(Trait, Told):
-    """The speakers are named in turn, numbered by first appearance, before they are counted: ``1 2 1: two``."""
+    """The number alone is trained; a checkpoint may tell the speakers in turn before it: ``1 2 1: two``."""
 
     labels: tuple[str, ...] = NUMBERS
-
-    def write(self, facts: Facts, argument: str = "") -> Parts | None:
-        label, numbers = self.of(facts), dict[str | None, str]()
-        if label is None:
-            return None
-        turns = sorted(facts.segments, key=lambda segment: (segment.start, segment.end))
-        heard = [numbers.setdefault(turn.speaker, str(len(numbers) + 1)) for turn in turns]
-        return (label if label == NUMBERS[0] else f"{' '.join(number for number, _ in groupby(heard))}: {label}",)
 
     def of(self, facts: Facts) -> str | None:
         if facts.text == "":
