@@ -87,8 +87,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) ->
             "quiet": {"text": "nonspeech", "count": 2, "split": "test"},
         },
         "conversations": {"talks": {"of": ["spoken", "people"], "count": 2}},
+        "texts": {"written": {"text": "captions.jsonl.gz", "language": "de"}},
         "unseen_sentences": {"parrots": 0.4},
-        "encoded": {"spoken": 1, "talks": 1, "people": 3, "parrots": 1},
+        "encoded": {"spoken": 1, "talks": 1, "people": 3, "parrots": 1, "written": 1},
         "tests": ["people", "parrots", "quiet"],
     }
 
@@ -117,7 +118,11 @@ def built(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
 def test_everything_is_made_and_encoded(built: Path, settings: dict[str, Any]) -> None:
     codec = load_codec(settings["codec"])
     rows = {name: read_encoded([built / "codes" / name], "train", codec) for name in settings["encoded"]}
-    assert {name: len(found) for name, found in rows.items()} == {"spoken": 4, "talks": 2, "people": 6, "parrots": 3}
+    counts = {"spoken": 4, "talks": 2, "people": 6, "parrots": 3, "written": len(SPOKEN)}
+    assert {name: len(found) for name, found in rows.items()} == counts
+    english, german = SPOKEN[0]
+    facts = row_facts(rows["written"][0])
+    assert (facts.duration, facts.text, facts.language, facts.translations) == (0, german, "de", {"en": english})
     assert {row["n_q"] for found in rows.values() for row in found} == {2}
     assert [row["speaker"] for row in read_encoded([built / "codes" / "people"], "test", codec)] == ["carla"]
     spoken = read_manifest(built / "spoken" / "manifest.jsonl")
@@ -145,6 +150,7 @@ def test_report(built: Path, settings: dict[str, Any]) -> None:
         "spoken": "synthesized",
         "quiet": "synthesized",
         "talks": "conversations",
+        "written": "texts",
         "people": "recorded",
         "parrots": "recorded",
     }
@@ -161,9 +167,9 @@ def test_report(built: Path, settings: dict[str, Any]) -> None:
     for name, corpus in corpora.items():
         audio = list((built / name / "audio").rglob("*.flac"))
         assert corpus["audio_bytes"] == sum(path.stat().st_size for path in audio)
-        assert (corpus["audio_bytes"] > 0) == (corpus["kind"] != "recorded")
+        assert (corpus["audio_bytes"] > 0) == (corpus["kind"] in ("synthesized", "conversations"))
         assert (corpus["codes_bytes"] > 0) == corpus["encoded"] == (name in settings["encoded"])
-        made = {"synthesized": {"synthesize"}, "conversations": {"converse"}, "recorded": set()}[corpus["kind"]]
+        made = {"synthesized": {"synthesize"}, "conversations": {"converse"}}.get(corpus["kind"], set())
         assert corpus["seconds"].keys() == made | ({"encode"} if corpus["encoded"] else set())
     totals = report["totals"]
     assert totals["bytes"] == sum(corpus["audio_bytes"] + corpus["codes_bytes"] for corpus in corpora.values())
@@ -173,6 +179,9 @@ def test_report(built: Path, settings: dict[str, Any]) -> None:
     assert tasks.keys() == TASKS.keys() and report["untested"] == []
     assert tasks["transcribe"]["train_recordings"] == 4 + 2 + 3
     assert tasks["emotion"]["train_recordings"] == 0
+    assert (
+        tasks["translate_text_en"]["train_recordings"] == len(SPOKEN) and tasks["translate_en"]["train_recordings"] == 0
+    )
     unseen = {"recordings": 1, "speakers": "new", "sentences": "new", "unseen": True}
     assert all(task["tests"]["people"] == unseen for task in tasks.values())
     assert tasks["speakers"]["tests"]["quiet"] == {
@@ -254,6 +263,7 @@ def test_manifests_of_their_own_are_encoded_and_test_and_talk(settings: dict[str
         "recorded": {"mine": tmp_path / "mine" / "filtered.jsonl", "tested": tmp_path / "mine-test"},
         "synthesized": {},
         "conversations": {"talks": {"of": ["mine"], "count": 1}},
+        "texts": {},
         "unseen_sentences": {},
         "encoded": {"mine": 2},
         "tests": ["tested"],
@@ -313,6 +323,11 @@ WRONG: dict[str, tuple[Change, str]] = {
     "codebooks": (lambda r: r.update(n_q=3), "codec: n_q = 3: this codec has 1 to 2 codebooks"),
     "sentences": (lambda r: r["synthesized"]["spoken"].update(text="no.gz"), "no.gz: no such file of sentences"),
     "language": (lambda r: r["synthesized"]["spoken"].update(language="fr"), "synthesized.spoken: "),
+    "texts": (lambda r: r["texts"]["written"].update(text="no.gz"), "texts.written: "),
+    "language of texts": (
+        lambda r: r["texts"]["written"].update(language="fr"),
+        "captions.jsonl.gz: no sentence in fr",
+    ),
     "engine": (
         lambda r: r["synthesized"].update(dev={"text": "digits", "count": 1, "split": "dev", "engines": ["flite"]}),
         "synthesized.dev: none of the engines flite has a voice for --split dev --language en",
@@ -393,6 +408,8 @@ def test_shipped_voices_and_sentences_of_splits_differ(shipped: Recipe) -> None:
 def test_shipped_dev_and_test_corpora_are_not_trained_on(shipped: Recipe) -> None:
     made = {**shipped.synthesized, **shipped.conversations}
     splits = {name: made[name].split for name in shipped.encoded if name in made}
+    files = {texts.text for texts in shipped.texts.values()}
+    assert files and files <= {spoken.text for spoken in shipped.synthesized.values() if spoken.split == "train"}
     assert set(splits.values()) == {"train", "dev"}, "what tests is read as audio, not as codes"
     assert {name for name in made if made[name].split != "test"} == splits.keys()
     assert {name for name in made if made[name].split == "test"} <= set(shipped.tests)

@@ -2,17 +2,22 @@
 
 import math
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
+from conftest import TEXT_MODEL
 
 from speechllm.audio import write_audio
 from speechllm.codec import load_codec
 from speechllm.data.corpus import Item
-from speechllm.data.encoded import row_facts, stretched
-from speechllm.data.manifest import Utterance
+from speechllm.data.encoded import read_encoded, row_codes, row_facts, stretched
+from speechllm.data.manifest import Utterance, write_manifest
+from speechllm.data.mixture import Draw, Mixture
 from speechllm.tasks import Facts, Segment
-from train.encode import encode_row
+from speechllm.text import TextTokenizer
+from speechllm.vocabulary import Vocabulary
+from train.encode import encode_corpus, encode_row
 
 RATE = 16000
 
@@ -25,6 +30,27 @@ def test_stretched_moves_all_times_and_nothing_else() -> None:
     assert slow.segments == (Segment("ann", 0.75, 1.5, "hi"), Segment("ben", 2.25, 3.0))
     assert stretched(slow, 1 / 1.5) == facts
     assert stretched(Facts(2.0), 0.5) == Facts(1.0)
+
+
+def test_a_text_alone_has_no_frames(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """And teaches tasks on text alone."""
+    known = {"text": "Yes.", "language": "en", "translations": {"de": "Ja."}, "split": "train", "source": "set"}
+    spoken = known | {"id": "set/0", "audio": "a.wav", "duration": 2.0, "speaker": "ann"}
+    write_audio(tmp_path / "a.wav", 0.3 * torch.randn(1, 2 * RATE, generator=torch.Generator().manual_seed(0)), RATE)
+    write_manifest(tmp_path / "m.jsonl", [Utterance(**spoken), Utterance(id="set/1", **known)])
+    encode_corpus(tmp_path / "m.jsonl", tiny_checkpoint / "codec", tmp_path / "codes", n_q=2, copies=3, jobs=1)
+    rows = read_encoded([tmp_path / "codes"], "train")
+    assert rows["id"] == ["set/0", "set/0#1", "set/0#2", "set/1"]
+    assert row_codes(rows[3], 2).shape == (2, 0) and row_facts(rows[3]).translations == {"de": "Ja."}
+
+    text = TextTokenizer.load(TEXT_MODEL)
+    tasks = ["transcribe", "translate_text_de", "translate_de", "language", "few_shot_language", "few_shot_text"]
+    mixture = Mixture({"set": rows}, Vocabulary(text.size, 2, 512), text, tasks)
+    taught = {task: {row for pool in pools.values() for row in pool.rows} for task, pools in mixture.pools.items()}
+    heard = {0, 1, 2}
+    assert taught == {"transcribe": heard, "translate_text_de": heard | {3}, "translate_de": heard, "language": heard}
+    batch = mixture.batch([Draw("translate_text_de", 3), Draw("transcribe", 0)], 1, Random(0))
+    assert sorted(batch.audio_lengths.tolist()) == [1, 2 * 50 + 1]
 
 
 def test_copies_are_stretched_as_their_sound_is(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -43,7 +43,10 @@ def test_manifest_round_trip(tmp_path: Path) -> None:
         ("{", "not JSON"),
         ("[]", "object is expected"),
         ('{"id": "b", "audio": "b", "duration": 1, "split": "train", "source": "s", "mood": 1}', "mood"),
-        ('{"id": "b", "audio": "b", "duration": 0, "split": "train", "source": "s"}', "duration"),
+        ('{"id": "b", "audio": "b", "duration": -1, "split": "train", "source": "s"}', "duration"),
+        ('{"id": "b", "audio": "b", "duration": 0, "split": "train", "source": "s"}', "audio and its duration go"),
+        ('{"id": "b", "duration": 1, "text": "b", "split": "train", "source": "s"}', "audio and its duration go"),
+        ('{"id": "b", "split": "train", "source": "s"}', "without them there is a text"),
         ('{"id": "b", "audio": "b", "tar": "t", "duration": 1, "split": "train", "source": "s"}', "go together"),
         ('{"id": "set/0", "audio": "b", "duration": 1, "split": "train", "source": "s"}', "already on line 1"),
     ],
@@ -60,6 +63,14 @@ def test_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
 def test_missing_manifest_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere\.jsonl"):
         read_manifest(tmp_path / "nowhere.jsonl")
+
+
+def test_a_text_alone_has_no_audio(tmp_path: Path) -> None:
+    written = Utterance(id="set/1", text="Yes.", translations={"de": "Ja."}, split="train", source="set")
+    write_manifest(tmp_path / "m.jsonl", [utterance(), written])
+    assert read_manifest(tmp_path / "m.jsonl") == [utterance(), written]
+    with pytest.raises(InputError, match=r"set/1: is a text alone, and audio is needed here"):
+        load_wav(written, tmp_path, RATE)
 
 
 @pytest.mark.parametrize("times", [[(1, 0.5)], [(0.5, 0.5)], [(0, 2)], [(0.4, 0.5), (0.3, 0.6)], [(-1, 0.5)]])

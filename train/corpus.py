@@ -20,11 +20,12 @@ from speechllm.codec import load_codec
 from speechllm.data.corpus import FILTERED, MANIFEST, manifest_of, read_utterances
 from speechllm.data.manifest import Utterance, write_manifest
 from speechllm.data.overlap import hold_out_sentences
+from speechllm.data.recorded import read_sentences
 from speechllm.errors import InputError
 from train import converse, synthesize
 from train.amounts import shown_time
 from train.config import read_config
-from train.corpus_config import Conversations, Recipe, Synthesis, naming
+from train.corpus_config import Conversations, Recipe, Synthesis, Texts, naming
 from train.corpus_report import Timings, survey, write_report
 from train.encode import encode_corpus
 from train.making import make_corpus, plain_errors
@@ -84,6 +85,18 @@ class Builder:
                 again = synthesize.synthesize(plan, spoken.count, self.recipe.jobs, self.console)
                 tally.update(made=again["made"], failed=again["failed"] - tally["failed"])
 
+    def written(self, name: str, texts: Texts) -> list[Utterance]:
+        """Sentences that train as text, in one language and with their translations. Raises InputError: none is."""
+        path, found = self.recipe.source / texts.text, []
+        for sentence in read_sentences(path, texts.language):
+            others = sentence.texts()
+            if text := others.pop(texts.language, None):
+                facts = {"text": text, "language": texts.language, "translations": others}
+                found.append(Utterance(id=f"{name}/{sentence.id}", split=texts.split, source=name, **facts))
+        if not found:
+            raise InputError(f"{path}: no sentence in {texts.language}")
+        return found
+
     def keep_for_test(self, name: str, share: float) -> None:
         """A manifest of a recorded set in which ``share`` of the sentences occur in the test split, and there alone."""
         recipe, recording = self.recipe, self.recipe.recording(name)
@@ -128,6 +141,13 @@ class Builder:
         for name, spoken in recipe.synthesized.items():
             with naming(f"synthesized.{name}"):
                 self.plan(name, spoken)
+        written: dict[str, list[Utterance]] = {}
+        for name, texts in recipe.texts.items():
+            with naming(f"texts.{name}"):
+                written[name] = self.written(name, texts)
+        for name, utterances in written.items():
+            recipe.path(name).parent.mkdir(parents=True, exist_ok=True)
+            write_manifest(recipe.path(name), utterances)
         for name, spoken in recipe.synthesized.items():
             self.synthesize(name, spoken)
         for name, share in recipe.unseen_sentences.items():

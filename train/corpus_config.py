@@ -19,7 +19,7 @@ from speechllm.data.synthesis import Engine
 from speechllm.errors import InputError
 from train.config import Settings
 
-Kind = Literal["synthesized", "conversations", "recorded"]
+Kind = Literal["synthesized", "conversations", "recorded", "texts"]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Copies = Annotated[int, Field(ge=1)]
 
@@ -75,6 +75,14 @@ class Conversations(Settings):
     max_seconds: float = Field(12.0, ge=4)
 
 
+class Texts(Settings):
+    """Sentences of a file below the recipe's ``source`` that train as they are, with their translations."""
+
+    text: str
+    language: str = "en"
+    split: Split = "train"
+
+
 AnyMade = TypeVar("AnyMade", Synthesis, Conversations)
 
 
@@ -93,6 +101,7 @@ class Recipe(Settings):
     recorded: dict[str, Path] = Field(default_factory=dict, description="name: a manifest, or the folder of one")
     synthesized: dict[str, Synthesis] = Field(default_factory=dict)
     conversations: dict[str, Conversations] = Field(default_factory=dict)
+    texts: dict[str, Texts] = Field(default_factory=dict, description="for tasks on text alone")
     unseen_sentences: dict[str, Share] = Field(default_factory=dict)
     encoded: dict[str, Copies] = Field(min_length=1)
     tests: list[str] = Field(default_factory=list)
@@ -115,7 +124,7 @@ class Recipe(Settings):
 
     def path(self, name: str) -> Path:
         """The manifest made by the recipe, or the recorded set."""
-        made = {*self.synthesized, *self.conversations, *self.unseen_sentences}
+        made = {*self.synthesized, *self.conversations, *self.texts, *self.unseen_sentences}
         return self.out / name / MANIFEST if name in made else self.recording(name)
 
     def recording(self, name: str) -> Path:
@@ -135,6 +144,7 @@ class Recipe(Settings):
         """Everything that is made, then the recorded sets in the order of their use."""
         kinds: dict[str, Kind] = dict.fromkeys(self.synthesized, "synthesized")
         kinds |= dict.fromkeys(self.conversations, "conversations")
+        kinds |= dict.fromkeys(self.texts, "texts")
         mixed = [name for talks in self.conversations.values() for name in talks.of]
         for name in (*self.encoded, *self.tests, *mixed):
             kinds.setdefault(name, "recorded")
@@ -149,12 +159,12 @@ class Recipe(Settings):
         Raises:
             InputError: one does not; the message names the setting, and where to put a recorded set that is missing.
         """
-        made = [*self.synthesized, *self.conversations, *self.unseen_sentences]
+        made = [*self.synthesized, *self.conversations, *self.texts, *self.unseen_sentences]
         if twice := [name for name, times in Counter(made).items() if times > 1]:
             raise InputError(f"{twice[0]}: the recipe makes two corpora of this name; rename one")
         used = {corpus.name for corpus in self.corpora() if corpus.kind == "recorded"} | {self.noise}
         for name in self.recorded:
-            if name in self.synthesized or name in self.conversations:
+            if name in self.synthesized or name in self.conversations or name in self.texts:
                 raise InputError(f"recorded.{name}: the recipe makes a corpus of this name; rename one")
             if name not in used:
                 raise InputError(f"recorded.{name}: is not used; name it in encoded, tests or conversations too")
@@ -179,7 +189,7 @@ class Recipe(Settings):
         """InputError when there will be no corpus of this name, or nothing of the split in it."""
         if name in self.unseen_sentences:
             return  # has a train and a test split
-        plan = self.synthesized.get(name) or self.conversations.get(name)
+        plan = self.synthesized.get(name) or self.conversations.get(name) or self.texts.get(name)
         splits = {plan.split} if plan else {utterance.split for utterance in self.recordings(setting, name)}
         if split and split not in splits:
             raise InputError(f"{setting}: {name} has no {split} recordings")

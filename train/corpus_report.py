@@ -162,7 +162,7 @@ def plot(report: dict[str, Any], out: Path) -> None:
     height = 1.2 + 0.22 * max(len(corpora), len(TASKS))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, height))
     for number, kind in enumerate(get_args(Kind)):
-        hours = {name: _hours(corpus) for name, corpus in corpora.items() if corpus["kind"] == kind}
+        hours = {name: _hours(corpus) for name, corpus in corpora.items() if corpus["kind"] == kind and _hours(corpus)}
         bars = left.barh(list(hours), list(hours.values()), color=f"C{number}", label=kind if hours else None)
         left.bar_label(bars, [shown_time(3600 * length) for length in hours.values()], padding=3, fontsize=7)
     left.set(xlabel="hours")

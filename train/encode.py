@@ -38,13 +38,16 @@ FEATURES = Features(
 
 
 def encode_row(codec: Codec, item: Item, n_q: int, copy: int) -> dict:
-    """One utterance as a row. Copy 0 is as recorded; the others are varied."""
-    known, wav = item.utterance, item.wav(codec.sample_rate)
-    facts, samples = known.facts(), wav.shape[-1]
-    if copy:
-        wav = vary(wav, codec.sample_rate, Random(f"{known.id} {copy}"))
-        facts = replace(stretched(facts, wav.shape[-1] / samples), gender=None)  # higher or lower, it may be any
-    codes = codec.encode(wav, n_q=n_q)
+    """One utterance as a row. Copy 0 is as recorded; the others are varied. A text alone has no frames."""
+    known, codes = item.utterance, torch.empty(0)
+    facts = known.facts()
+    if known.audio:
+        wav = item.wav(codec.sample_rate)
+        samples = wav.shape[-1]
+        if copy:
+            wav = vary(wav, codec.sample_rate, Random(f"{known.id} {copy}"))
+            facts = replace(stretched(facts, wav.shape[-1] / samples), gender=None)  # higher or lower, it may be any
+        codes = codec.encode(wav, n_q=n_q)
     return {
         "id": copy_id(known.id, copy),
         "split": known.split,
@@ -71,7 +74,7 @@ def encode_shard(number: int, items: list[Item], codec_folder: Path, n_q: int, c
     rows = [
         encode_row(codec, item, n_q, copy)
         for item in items
-        for copy in range(copies if item.utterance.split == "train" else 1)
+        for copy in range(copies if item.utterance.split == "train" and item.utterance.audio else 1)
     ]
     path = out / f"{number:05d}.parquet"
     Dataset.from_list(rows, features=FEATURES).to_parquet(str(path.with_suffix(".new")))

@@ -81,7 +81,8 @@ def is_varied(row: dict) -> bool:
 
 def row_codes(row: dict, n_q: int) -> Tensor:
     """The first ``n_q`` codebooks of a row, int64 ``[n_q, frames]``."""
-    codes = torch.from_numpy(np.asarray(row["codes"], dtype=np.int64)).view(row["n_q"], -1)
+    flat = torch.from_numpy(np.asarray(row["codes"], dtype=np.int64))
+    codes = flat.view(row["n_q"], len(flat) // row["n_q"])  # no frames of a text alone
     if n_q > len(codes):
         raise InputError(f"{row['id']}: encoded with {len(codes)} codebooks, {n_q} are asked for; encode it again")
     return codes[:n_q]

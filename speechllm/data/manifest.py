@@ -20,7 +20,7 @@ SLACK = 0.05  # seconds: durations and times are often rounded apart
 
 
 class Utterance(BaseModel):
-    """One recording and what is known about it.
+    """One recording and what is known about it; or a text alone, with neither audio nor duration.
 
     `audio` is a path relative to the manifest's folder or, when `tar` is set, the name of a member of that tar file,
     whose bytes `[tar_offset, tar_offset + tar_size)` are the audio file. `duration` is in seconds. `language` is an
@@ -32,11 +32,11 @@ class Utterance(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: str = Field(min_length=1)
-    audio: str = Field(min_length=1)
+    audio: str = ""
     tar: str | None = None
     tar_offset: int | None = Field(default=None, ge=0)
     tar_size: int | None = Field(default=None, gt=0)
-    duration: float = Field(gt=0)
+    duration: float = Field(default=0.0, ge=0)
     text: str | None = None
     language: str | None = None
     speaker: str | None = None
@@ -52,6 +52,12 @@ class Utterance(BaseModel):
     def facts(self) -> Facts:
         """What tasks may know about it."""
         return Facts(**{field.name: getattr(self, field.name) for field in fields(Facts)})
+
+    @model_validator(mode="after")
+    def _something_is_there(self) -> "Utterance":
+        if bool(self.audio) != bool(self.duration) or not (self.audio or self.text):
+            raise ValueError("audio and its duration go together; without them there is a text")
+        return self
 
     @model_validator(mode="after")
     def _tar_is_complete(self) -> "Utterance":
@@ -161,9 +167,12 @@ def audio_bytes(utterance: Utterance, root: str | Path) -> bytes:
 def load_wav(utterance: Utterance, root: str | Path, sample_rate: int) -> Tensor:
     """The utterance's audio, float32 [1, samples] at `sample_rate`; `root` is the manifest's folder.
 
-    Raises InputError when the file is missing, the tar ends before the member does, or the bytes are not audio.
+    Raises InputError when the file is missing, the tar ends before the member does, or the bytes are not audio; or the
+    utterance is a text alone.
     """
     root = Path(root)
+    if not utterance.audio:
+        raise InputError(f"{utterance.id}: is a text alone, and audio is needed here: leave it out of the manifest")
     if utterance.tar is None:
         return read_audio(root / utterance.audio, sample_rate)
     content = audio_bytes(utterance, root)

@@ -56,7 +56,7 @@ def persons(utterances: Iterable[Utterance]) -> frozenset[str | None]:
     for known in utterances:
         if known.segments:
             speakers |= {segment.speaker or known.speaker for segment in known.segments}
-        elif known.text != "":
+        elif known.text != "" and known.audio:
             speakers.add(known.speaker)
     return frozenset(person(speaker) if speaker else None for speaker in speakers)
 

@@ -104,8 +104,8 @@ def describe(row: dict, tasks: Sequence[str], vocabulary: Vocabulary, max_second
         further = float("inf")
         if isinstance(task, FewShot):
             keys = sorted(filter(None, task.keys(facts, None if is_varied(row) else row["speaker"])))
-            if is_varied(row) and not isinstance(task, FewShotLabel):
-                keys = []  # its words would be those of another shot
+            if not facts.duration or (is_varied(row) and not isinstance(task, FewShotLabel)):
+                keys = []  # no clip; or its words would be those of another shot
             length = turn_size(task, facts, heard * task.listens) if keys else None
         else:
             asked = task.pose(facts, Random(0))

@@ -58,6 +58,8 @@ def read_recorded(manifest: str | Path) -> list[Utterance]:
     first_seen: dict[str, int] = {}
     for number, record in read_records(manifest):
         known = {key: record.pop(key) for key in _OWN_KEYS if key in record}
+        if not known.get("audio"):
+            raise InputError(f"{manifest}, line {number}: audio: names no file")
         translations = record.pop("translation", {})
         segments = known.get("segments") or []
         if not (isinstance(segments, list) and all(isinstance(segment, dict) for segment in segments)):

@@ -75,7 +75,7 @@ def parts_of(text: str) -> Parts:
 class Facts:
     """What is known about a recording. ``text`` is "" where nobody speaks, and None when the words are not known.
 
-    Recordings of several people have ``segments``, and no ``text``.
+    Recordings of several people have ``segments``, and no ``text``. A text alone has no ``duration``.
     """
 
     duration: float

@@ -63,6 +63,8 @@ class Task(ABC):
 
         Without ``others`` nothing is asked that is to be answered with no.
         """
+        if self.listens and not facts.duration:
+            return None
         argument = self.argument(facts, rng, others)
         answer = None if argument is None else self.write(facts, argument)
         if answer is None:
