@@ -198,7 +198,7 @@ class Vocabulary:
         """Bool [frames]: before which of them there is a mark of the time; and int64 [frames], the last mark passed."""
         number = torch.arange(frames, device=device) // self.mark_frames
         if frames:
-            self.time(int(number[-1]) * self.mark_steps * self.TIME_STEP)
+            self.time(int(number[-1]) * self.mark_steps * self.TIME_STEP)  # refused where there is no such mark
         return number.diff(prepend=number[:1]) > 0, self._times_start + number * self.mark_steps
 
     def is_text(self, ids: Tensor) -> Tensor:
