@@ -63,7 +63,6 @@ def info(model: ModelOption = None) -> None:
         total, used = parameter_counts(lm)
         controls, codes = vocabulary.num_controls, vocabulary.n_q * vocabulary.card
         width, layers = lm.config.hidden_size, lm.config.num_hidden_layers
-        merged = ", repeats merged" if vocabulary.merge_repeats else ""
         rows = {
             "name": settings.name,
             "folder": str(checkpoint.folder),
@@ -73,7 +72,8 @@ def info(model: ModelOption = None) -> None:
             "codec": f"{codec.sample_rate} Hz, {codec.frame_rate:g} frames a second, "
             f"{codec.n_q} codebooks of {codec.card} codes",
             "vocabulary": f"{vocabulary.size:,} ids: {vocabulary.text_size:,} text, {controls} control, "
-            f"{codes:,} audio (codebooks seen: {vocabulary.n_q} of {codec.n_q}{merged})",
+            f"{codes:,} audio",
+            "audio is heard as": vocabulary.heard(),
             "longest clip": f"{settings.max_audio_seconds:g} s; longer audio is answered piece by piece",
             "longest answer": f"{settings.max_answer_tokens} text pieces for each piece of audio",
         }

@@ -21,8 +21,9 @@ class Vocabulary:
     times: marks of times that answers may hold, one every TIME_STEP seconds from 0.
     acoustic_stride: codebooks after the first are written on one frame of so many: who speaks, and how, changes more
     slowly than the sounds, and positions are dear.
-    mark_frames, mark_steps: between every so many frames stands the mark of the time that has passed, so many steps
-    each; 0 for none. For answers with times frames then need not be counted (TimeMarker, Chen et al. 2024).
+    mark_frames, mark_steps: after every `mark_frames` frames, if more follow, stands the mark of the time that has
+    passed since the clip began; `mark_steps` is how many TIME_STEPs those frames last. 0 for none. For answers with
+    times frames then need not be counted (TimeMarker, Chen et al. 2024).
     """
 
     text_size: int
@@ -57,7 +58,9 @@ class Vocabulary:
             if type(value) is not int or value < 0:
                 raise InputError(f"vocabulary.{name} must be a whole number of 0 or more, not {value!r}")
         if bool(self.mark_frames) != bool(self.mark_steps) or (self.mark_frames and not self.times):
-            raise InputError("vocabulary.mark_frames needs mark_steps and times: set all of them, or neither mark")
+            raise InputError(
+                "vocabulary.mark_frames needs mark_steps and times, and mark_steps them: set all, or no marks"
+            )
         if type(self.merge_repeats) is not bool:
             raise InputError(f"vocabulary.merge_repeats must be true or false, not {self.merge_repeats!r}")
         if self.merge_repeats and self.n_q != 1:
@@ -187,6 +190,22 @@ class Vocabulary:
         if bool((((codes < 0) | (codes >= self.card)) & ~masked).any()):
             raise ValueError("an id is not a code of the codebook whose turn it is")
         return codes.masked_fill(masked, self.MASKED).contiguous()
+
+    def heard(self) -> str:
+        """How audio is written, for people."""
+        told = [f"{self.n_q} codebook{'s' * (self.n_q > 1)}"]
+        if self.n_q > 1 and self.acoustic_stride > 1:
+            told.append(f"all but the first on one frame of {self.acoustic_stride}")
+        if self.merge_repeats:
+            told.append("repeats merged")
+        if self.mark_frames:
+            told.append(f"the time every {self.mark_steps * self.TIME_STEP:.2f} s")
+        return ", ".join(told)
+
+    def ids_per_second(self, frame_rate: float) -> float:
+        """Audio ids of a second of `frame_rate` frames, repeats not merged."""
+        marks = 1 / self.mark_frames if self.mark_frames else 0
+        return frame_rate * (1 + (self.n_q - 1) / self.acoustic_stride + marks)
 
     def _written(self, frames: int, device: torch.device) -> Tensor:
         """Bool [frames, n_q]: which codes are in the stream."""

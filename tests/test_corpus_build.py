@@ -172,6 +172,8 @@ def test_report(built: Path, settings: dict[str, Any]) -> None:
         made = {"synthesized": {"synthesize"}, "conversations": {"converse"}}.get(corpus["kind"], set())
         assert corpus["seconds"].keys() == made | ({"encode"} if corpus["encoded"] else set())
     totals = report["totals"]
+    assert totals["texts"] == corpora["written"]["splits"]["train"]["utterances"] > 0
+    assert f"{totals['texts']} sentences as text" in (built / "corpus.md").read_text()
     assert totals["bytes"] == sum(corpus["audio_bytes"] + corpus["codes_bytes"] for corpus in corpora.values())
     assert totals["seconds"] == pytest.approx(sum(sum(c["seconds"].values()) for c in corpora.values()), abs=0.01)
     assert totals["hours_recorded"] == pytest.approx(11 / 3600, abs=1e-3)
@@ -317,6 +319,10 @@ WRONG: dict[str, tuple[Change, str]] = {
         lambda r: r["conversations"]["talks"]["of"].append("quiet"),
         "conversations.talks.of: quiet has no train recordings",
     ),
+    "talks of texts": (
+        lambda r: r["conversations"]["talks"]["of"].append("written"),
+        "conversations.talks.of: written are texts; name recordings",
+    ),
     "tests of another split": (lambda r: r["tests"].append("spoken"), "tests: spoken has no test recordings"),
     "tests of a set": (lambda r: r["tests"].append("hiss"), "tests: hiss has no test recordings"),
     "codec": (lambda r: r.update(codec="nowhere"), "codec: nowhere: not a codec folder"),
@@ -326,7 +332,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "texts": (lambda r: r["texts"]["written"].update(text="no.gz"), "texts.written: "),
     "language of texts": (
         lambda r: r["texts"]["written"].update(language="fr"),
-        "captions.jsonl.gz: no sentence in fr",
+        "captions.jsonl.gz: no sentence in fr that has a translation",
     ),
     "engine": (
         lambda r: r["synthesized"].update(dev={"text": "digits", "count": 1, "split": "dev", "engines": ["flite"]}),

@@ -284,6 +284,16 @@ def test_command(tmp_path: Path) -> None:
     assert {u.id: u for u in beside} == {name: original[name] for name in ("good", "silent", "german", "tested")}
 
 
+def test_texts_alone_are_kept_as_they_are(tmp_path: Path) -> None:
+    items = write(tmp_path / "set", {"good": sound(1), "silent": 0 * sound(1)})
+    texts = [Utterance(id=f"t{n}", text=ENGLISH, language="en", split="train", source="made") for n in range(2)]
+    write_manifest(tmp_path / "set" / "all.jsonl", [*(item.utterance for item in items), *texts])
+    code, output = run(tmp_path / "set" / "all.jsonl", "--out", tmp_path / "else" / "new.jsonl", "--jobs", 1)
+    assert code == 0 and "Kept 3 of 4 utterances" in output and "2 a text alone" in output
+    good, *kept = read_manifest(tmp_path / "else" / "new.jsonl")
+    assert good.audio == "../set/good.wav" and kept == texts
+
+
 def test_command_refuses(tmp_path: Path) -> None:
     items = write(tmp_path, {"good": sound(1)})
     manifest = tmp_path / "manifest.jsonl"

@@ -123,6 +123,18 @@ def test_numbers(manifest: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_text_alone_is_shown_without_audio(manifest: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    written = Utterance(id="t", text="Yes.", language="en", translations={"de": "Ja."}, split="train", source="made")
+    write_manifest(manifest, [*read_manifest(manifest), written])
+    tools = ("--text-model", TEXT_MODEL, "--codec", tiny_checkpoint / "codec")
+    code, output = run(manifest, *tools, "--out", tmp_path / "out", "--examples", 30)
+    assert code == 0, output
+    report = json.loads((tmp_path / "out" / "inspect.json").read_text())
+    assert report["utterances"] == 4 and report["durations"]["min"] == 1
+    shown = [example["sequence"] for example in report["examples"] if example["id"] == "t"]
+    assert any(sequence.startswith('<audio_begin> <audio_end> "Translate to German: Yes."') for sequence in shown)
+
+
 def test_bad_input(manifest: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ((tmp_path / "none.jsonl",), "no such manifest"),

@@ -44,9 +44,19 @@ def test_manifest_round_trip(tmp_path: Path) -> None:
         ("[]", "object is expected"),
         ('{"id": "b", "audio": "b", "duration": 1, "split": "train", "source": "s", "mood": 1}', "mood"),
         ('{"id": "b", "audio": "b", "duration": -1, "split": "train", "source": "s"}', "duration"),
-        ('{"id": "b", "audio": "b", "duration": 0, "split": "train", "source": "s"}', "audio and its duration go"),
-        ('{"id": "b", "duration": 1, "text": "b", "split": "train", "source": "s"}', "audio and its duration go"),
-        ('{"id": "b", "split": "train", "source": "s"}', "without them there is a text"),
+        ('{"id": "b", "audio": "b", "duration": 0, "split": "train", "source": "s"}', "duration: is missing, or 0"),
+        ('{"id": "b", "audio": "b", "text": "b", "split": "train", "source": "s"}', "duration: is missing, or 0"),
+        ('{"id": "b", "duration": 1, "text": "b", "split": "train", "source": "s"}', "audio: is missing"),
+        (
+            '{"id": "b", "text": "b", "tar": "t", "tar_offset": 0, "tar_size": 9, "split": "train", "source": "s"}',
+            "audio: is missing",
+        ),
+        (
+            '{"id": "b", "text": "b", "segments": [{"speaker": null, "start": 0, "end": 0.05}], "split": "train", '
+            '"source": "s"}',
+            "audio: is missing",
+        ),
+        ('{"id": "b", "split": "train", "source": "s"}', "audio and duration are missing, and there is no text"),
         ('{"id": "b", "audio": "b", "tar": "t", "duration": 1, "split": "train", "source": "s"}', "go together"),
         ('{"id": "set/0", "audio": "b", "duration": 1, "split": "train", "source": "s"}', "already on line 1"),
     ],
@@ -69,6 +79,10 @@ def test_a_text_alone_has_no_audio(tmp_path: Path) -> None:
     written = Utterance(id="set/1", text="Yes.", translations={"de": "Ja."}, split="train", source="set")
     write_manifest(tmp_path / "m.jsonl", [utterance(), written])
     assert read_manifest(tmp_path / "m.jsonl") == [utterance(), written]
+    line = json.loads((tmp_path / "m.jsonl").read_text().splitlines()[1])
+    assert line.keys() == {"id", "text", "translations", "split", "source"}
+    assert [item.utterance.id for item in read_corpus([tmp_path / "m.jsonl"], "train")] == [utterance().id]
+    assert len(read_corpus([tmp_path / "m.jsonl"], "train", texts=True)) == 2
     with pytest.raises(InputError, match=r"set/1: is a text alone, and audio is needed here"):
         load_wav(written, tmp_path, RATE)
 

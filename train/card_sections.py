@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
 
 import yaml
 
@@ -15,7 +14,7 @@ from train.assemble import megabytes
 from train.breakdown import bias_table, gaps
 from train.calibration_report import markdown as calibration_markdown
 from train.card_inputs import Inputs
-from train.corpus_config import Kind
+from train.corpus_config import SPOKEN
 from train.evaluate_report import geometric_mean, results_table, scores, shown, targets_table
 from train.icl_report import is_learnt
 from train.icl_report import markdown as icl_markdown
@@ -136,7 +135,6 @@ def sizes(inputs: Inputs) -> str:
     total, active = parameter_counts(lm)
     number, top_k = experts(lm.config) or (1, 1)
     stored = megabytes([checkpoint.folder / part for part in PARTS])
-    merged = ", repeats merged" if vocabulary.merge_repeats else ""
     return table(
         ("", ""),
         (
@@ -150,7 +148,7 @@ def sizes(inputs: Inputs) -> str:
                 f"{type(codec).__name__}, {codec.sample_rate:,} Hz, {codec.frame_rate:g} frames a "
                 f"second, {codec.n_q} codebooks of {codec.card} codes",
             ),
-            ("codebooks that the model hears (n_q)", f"{vocabulary.n_q}{merged}"),
+            ("audio is heard as", vocabulary.heard()),
             ("text pieces", f"{checkpoint.text.size:,}"),
             ("vocabulary", f"{vocabulary.size:,} ids"),
             ("longest audio", f"{settings.max_audio_seconds:g} s at once"),
@@ -210,11 +208,14 @@ def data(inputs: Inputs) -> str:
     for name in heard:
         told = corpora.get(name, {})
         train = told.get("splits", {}).get("train")
-        amounts = [f"{train['utterances']:,}", f"{train['hours']:.1f}", train["speakers"]] if train else [""] * 3
+        amounts = [""] * 3
+        if train:
+            spoken = [f"{train['hours']:.1f}", train["speakers"]] if told["kind"] in SPOKEN else ["", ""]
+            amounts = [f"{train['utterances']:,}", *spoken]
         heard_by = [part for part, names in (("language model", by_lm), ("codec", by_codec)) if name in names]
         of = ", ".join(inputs.licences.sources([name]))
         rows.append((name, ", ".join(heard_by), told.get("kind", ""), *amounts, of))
-    head = ("corpus", "heard by", "kind", "train recordings", "hours", "speakers", "sources")
+    head = ("corpus", "heard by", "kind", "train examples", "hours", "speakers", "sources")
     parts += [table(head, rows), synthetic_share(inputs)]
     if not inputs.corpus:
         parts.append(left_out("sizes of the corpora (`corpus.json`)", "`python -m train.corpus`"))
@@ -232,9 +233,9 @@ def data(inputs: Inputs) -> str:
 def synthetic_share(inputs: Inputs) -> str:
     """How much of what the language model heard was spoken by machines; "" where sizes are not known."""
     corpora = inputs.corpus["corpora"] if inputs.corpus else {}
-    hours = dict.fromkeys(get_args(Kind), 0.0)
+    hours: dict[str, float] = dict.fromkeys(SPOKEN, 0.0)
     for name in inputs.heard_by_lm():
-        if name in corpora:
+        if name in corpora and corpora[name]["kind"] in SPOKEN:
             hours[corpora[name]["kind"]] += corpora[name]["splits"].get("train", {"hours": 0.0})["hours"]
     whole = sum(hours.values())
     if not whole:

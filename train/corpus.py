@@ -33,6 +33,8 @@ from train.making import make_corpus, plain_errors
 
 def placed(utterance: Utterance, folder: Path) -> Utterance:
     """The utterance of a manifest in ``folder`` as any other manifest may hold it."""
+    if utterance.is_text:
+        return utterance
     key = "audio" if utterance.tar is None else "tar"
     return utterance.model_copy(update={key: str(folder.resolve() / getattr(utterance, key))})
 
@@ -85,16 +87,16 @@ class Builder:
                 again = synthesize.synthesize(plan, spoken.count, self.recipe.jobs, self.console)
                 tally.update(made=again["made"], failed=again["failed"] - tally["failed"])
 
-    def written(self, name: str, texts: Texts) -> list[Utterance]:
-        """Sentences that train as text, in one language and with their translations. Raises InputError: none is."""
+    def sentences_of(self, name: str, texts: Texts) -> list[Utterance]:
+        """Sentences that train as text, with translations. Raises InputError: there are none."""
         path, found = self.recipe.source / texts.text, []
         for sentence in read_sentences(path, texts.language):
             others = sentence.texts()
-            if text := others.pop(texts.language, None):
+            if (text := others.pop(texts.language, None)) and others:
                 facts = {"text": text, "language": texts.language, "translations": others}
                 found.append(Utterance(id=f"{name}/{sentence.id}", split=texts.split, source=name, **facts))
         if not found:
-            raise InputError(f"{path}: no sentence in {texts.language}")
+            raise InputError(f"{path}: no sentence in {texts.language} that has a translation")
         return found
 
     def keep_for_test(self, name: str, share: float) -> None:
@@ -144,7 +146,7 @@ class Builder:
         written: dict[str, list[Utterance]] = {}
         for name, texts in recipe.texts.items():
             with naming(f"texts.{name}"):
-                written[name] = self.written(name, texts)
+                written[name] = self.sentences_of(name, texts)
         for name, utterances in written.items():
             recipe.path(name).parent.mkdir(parents=True, exist_ok=True)
             write_manifest(recipe.path(name), utterances)

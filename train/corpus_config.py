@@ -19,7 +19,9 @@ from speechllm.data.synthesis import Engine
 from speechllm.errors import InputError
 from train.config import Settings
 
-Kind = Literal["synthesized", "conversations", "recorded", "texts"]
+Spoken = Literal["synthesized", "conversations", "recorded"]
+Kind = Spoken | Literal["texts"]
+SPOKEN: tuple[Spoken, ...] = get_args(Spoken)
 Share = Annotated[float, Field(gt=0, lt=1)]
 Copies = Annotated[int, Field(ge=1)]
 
@@ -107,7 +109,7 @@ class Recipe(Settings):
     tests: list[str] = Field(default_factory=list)
 
     def scaled(self, share: float) -> Recipe:
-        """The same with the first ``share`` of each set that is made to train on.
+        """The same with the first ``share`` of each set of speech that is made to train on; texts stay whole.
 
         More speech can be made later; conversations, and codes of what grew, are then to be removed first.
         """
@@ -179,6 +181,8 @@ class Recipe(Settings):
             for other in talks.of:
                 if other in self.conversations:
                     raise InputError(f"conversations.{name}.of: {other} are conversations; name single speakers")
+                if other in self.texts:
+                    raise InputError(f"conversations.{name}.of: {other} are texts; name recordings")
                 self.known(f"conversations.{name}.of", other, talks.split)
         for name in self.encoded:
             self.known("encoded", name)

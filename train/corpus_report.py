@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import matplotlib
 
@@ -13,7 +13,7 @@ from speechllm.data.manifest import Utterance
 from speechllm.data.overlap import Heard, answering, heard, persons, trials, untested
 from speechllm.tasks import TASKS
 from train.amounts import shown_time
-from train.corpus_config import Corpus, Kind
+from train.corpus_config import SPOKEN, Corpus
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -91,9 +91,12 @@ def _hours(corpus: dict[str, Any]) -> float:
 
 
 def _totals(corpora: Iterable[dict[str, Any]]) -> dict[str, float]:
-    totals: dict[str, float] = {f"hours_{kind}": 0.0 for kind in get_args(Kind)} | {"seconds": 0.0, "bytes": 0}
+    totals: dict[str, float] = {f"hours_{kind}": 0.0 for kind in SPOKEN} | {"texts": 0, "seconds": 0.0, "bytes": 0}
     for corpus in corpora:
-        totals[f"hours_{corpus['kind']}"] += _hours(corpus)
+        if corpus["kind"] in SPOKEN:
+            totals[f"hours_{corpus['kind']}"] += _hours(corpus)
+        else:
+            totals["texts"] += sum(split["utterances"] for split in corpus["splits"].values())
         totals["seconds"] += sum(corpus["seconds"].values())
         totals["bytes"] += corpus["audio_bytes"] + corpus["codes_bytes"]
     return {name: round(total, 6) for name, total in totals.items()}
@@ -122,15 +125,15 @@ def _corpus_rows(name: str, corpus: dict[str, Any]) -> Iterable[list[object]]:
     rest = [*sizes, steps.get("synthesize", 0) + steps.get("converse", 0), steps.get("encode", 0)]
     shown = [f"{number:.1f}" if number else "" for number in rest]
     for split, amount in corpus["splits"].items():
-        length = shown_time(3600 * amount["hours"])
-        yield [name, corpus["kind"], split, amount["utterances"], length, amount["speakers"], *shown]
+        spoken = [shown_time(3600 * amount["hours"]), amount["speakers"]] if corpus["kind"] in SPOKEN else ["", ""]
+        yield [name, corpus["kind"], split, amount["utterances"], *spoken, *shown]
         shown = [""] * len(shown)
 
 
 def as_markdown(report: dict[str, Any]) -> str:
     """Totals, and tables of corpora, tasks and test sets."""
     totals, tests = report["totals"], report["tests"]
-    length = {kind: shown_time(3600 * totals[f"hours_{kind}"]) for kind in get_args(Kind)}
+    length = {kind: shown_time(3600 * totals[f"hours_{kind}"]) for kind in SPOKEN}
     corpora = [row for name, corpus in report["corpora"].items() for row in _corpus_rows(name, corpus)]
     columns = ("corpus", "kind", "split", "utterances", "length", "speakers", "audio, MB", "codes, MB")
     tasks = []
@@ -144,7 +147,8 @@ def as_markdown(report: dict[str, Any]) -> str:
     parts = [
         "# What is in the corpus",
         f"{length['synthesized']} synthesized, {length['conversations']} of conversations, {length['recorded']} "
-        f"recorded; {shown_time(totals['seconds'])} of work, {totals['bytes'] / 1e6:.0f} MB made. "
+        f"recorded, {totals['texts']:,} sentences as text; {shown_time(totals['seconds'])} of work, "
+        f"{totals['bytes'] / 1e6:.0f} MB made. "
         "Speakers are persons: several synthetic voices may be one.",
         _table((*columns, "made in, s", "encoded in, s"), corpora),
         "Test sets with answers for a task, first those of new speakers (where the task has audio) and new sentences:",
@@ -161,7 +165,7 @@ def plot(report: dict[str, Any], out: Path) -> None:
     corpora = report["corpora"]
     height = 1.2 + 0.22 * max(len(corpora), len(TASKS))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, height))
-    for number, kind in enumerate(get_args(Kind)):
+    for number, kind in enumerate(SPOKEN):
         hours = {name: _hours(corpus) for name, corpus in corpora.items() if corpus["kind"] == kind and _hours(corpus)}
         bars = left.barh(list(hours), list(hours.values()), color=f"C{number}", label=kind if hours else None)
         left.bar_label(bars, [shown_time(3600 * length) for length in hours.values()], padding=3, fontsize=7)

@@ -90,7 +90,7 @@ def encode_corpus(manifest: Path, codec_folder: Path, out: Path, n_q: int, copie
     Raises:
         InputError: ``out`` holds other utterances than ``manifest``, or was encoded with another codec or settings.
     """
-    items = [item for split in ("train", "dev", "test") for item in read_corpus([manifest], split, may_be_empty=True)]
+    items = [item for split in ("train", "dev", "test") for item in read_corpus([manifest], split, True, texts=True)]
     codec = load_codec(codec_folder)
     codec.check_n_q(n_q)
     shards = {n: items[start : start + SHARD] for n, start in enumerate(range(0, len(items), SHARD))}

@@ -75,6 +75,8 @@ def measure_all(items: Sequence[Item], jobs: int, title: str) -> list[Measured]:
 
 def moved(utterance: Utterance, root: Path, folder: Path) -> Utterance:
     """The utterance with paths for a manifest in ``folder``; absolute ones stay as they are."""
+    if utterance.is_text:
+        return utterance
     name = "audio" if utterance.tar is None else "tar"
     path = getattr(utterance, name)
     if os.path.isabs(path) or folder.resolve() == root.resolve():
@@ -185,7 +187,7 @@ def filter_corpus(manifest: Path, out: Path, folder: Path, jobs: int, rules: Seq
         raise InputError(f"--out {out}: is what is filtered; give another name, the original is kept")
     if out.is_dir():
         raise InputError(f"--out {out}: is a folder; name the new manifest, e.g. {out / FILTERED}")
-    items = [item for split in ("train", "dev", "test") for item in read_corpus([manifest], split, may_be_empty=True)]
+    items = [item for split in ("train", "dev", "test") for item in read_corpus([manifest], split, True, texts=True)]
     if not items:
         raise InputError(f"{manifest}: holds no utterance")
     try:

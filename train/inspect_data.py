@@ -159,8 +159,11 @@ def examples(
     ]
     shown = []
     for task, item in turns[:count]:
-        codes = codec.encode(item.wav(codec.sample_rate), n_q=N_Q)
         known = item.utterance
+        if known.is_text:
+            codes = torch.zeros(N_Q, 0, dtype=torch.int64)
+        else:
+            codes = codec.encode(item.wav(codec.sample_rate), n_q=N_Q)
         example = Example(heard(task, codes), *questions(known)[task], task.name, known.language, known.speaker)
         rendered = render(example, vocabulary, text)
         sequence = readable(rendered, vocabulary, text)
@@ -240,7 +243,7 @@ def inspect_corpus(
     Raises:
         InputError: a manifest, the text model, the codec or the audio of an example cannot be read.
     """
-    items = [item for split in get_args(Split) for item in read_corpus(manifests, split, may_be_empty=True)]
+    items = [item for split in get_args(Split) for item in read_corpus(manifests, split, True, texts=True)]
     if not items:
         raise InputError(f"no utterance in {', '.join(map(str, manifests))}")
     text = TextTokenizer.load(text_model)
@@ -252,7 +255,7 @@ def inspect_corpus(
     with progress_bar(Console(stderr=True)) as bar:
         for found in bar.track(sequence_lengths(items, codec, vocabulary, text), len(items), description="render"):
             lengths += found
-    durations = [item.utterance.duration for item in items]
+    durations = [item.utterance.duration for item in items if not item.utterance.is_text]
     report = {
         "manifests": [str(path) for path in manifests],
         "utterances": len(items),

@@ -52,8 +52,12 @@ def read_utterances(path: str | Path) -> list[Utterance]:
     return read_manifest(manifest) if "id" in first else read_recorded(manifest)
 
 
-def read_corpus(paths: Sequence[str | Path], split: Split, may_be_empty: bool = False) -> list[Item]:
-    """The utterances of one split of several manifests, or folders of manifests.
+def read_corpus(
+    paths: Sequence[str | Path], split: Split, may_be_empty: bool = False, texts: bool = False
+) -> list[Item]:
+    """The recordings of one split of several manifests, or folders of manifests.
+
+    texts: and what is a text alone.
 
     Raises:
         InputError: a path does not exist or a line is not valid, or nothing of the split is in any of them (unless it
@@ -61,8 +65,8 @@ def read_corpus(paths: Sequence[str | Path], split: Split, may_be_empty: bool = 
     """
     items = []
     for path in paths:
-        root = manifest_of(path).parent
-        items += [Item(utterance, root) for utterance in read_utterances(path) if utterance.split == split]
+        root, found = manifest_of(path).parent, read_utterances(path)
+        items += [Item(u, root) for u in found if u.split == split and (texts or not u.is_text)]
     if not items and not may_be_empty:
         raise InputError(f"no {split} utterance in {', '.join(map(str, paths)) or 'an empty list of manifests'}")
     return items

@@ -18,7 +18,7 @@ duplicate          how far the nearest one before it with the same     >= 0.01  
 Read and conversational speech lies between 8 and 22 characters per second; the bounds leave room for single words in
 long clips and for fast talkers. A rule does not judge what it cannot know: no text (rate, language), a text that says
 nobody speaks (silence, rate), fewer than five words of the right script or a language that `py3langid` does not know
-(language). The report says how many these are.
+(language), a text alone (all of them: it is kept). The report says how many these are.
 
 What is not detected: silence under steady noise above -50 dBFS, clipping that was turned down afterwards, a transcript
 that is wrong but about as long as the right one, a language confused with a close relative of it, words of another
@@ -48,7 +48,7 @@ from speechllm.data.manifest import Utterance, audio_bytes
 from speechllm.errors import InputError
 
 UNREADABLE, CONTRADICTION, DUPLICATE = "unreadable", "contradiction", "duplicate"
-NO_TEXT, NOBODY = "no text", "nobody speaks"  # why a rule does not judge
+NO_TEXT, NOBODY, TEXT_ALONE = "no text", "nobody speaks", "a text alone"  # why a rule does not judge
 SPEECH_LEVEL = 10 ** (-50 / 20)  # rms of a frame
 LEVEL_SECONDS = 0.02
 FULL_SCALE = 0.99  # of what a sample can be; lossy formats do not keep the last per cent
@@ -166,6 +166,8 @@ class Measured:
 
 def measure(item: Item, rules: Sequence[Rule] = RULES) -> Measured:
     """Read an utterance and take every measure of it; audio that cannot be read is a result, not an error."""
+    if item.utterance.is_text:
+        return Measured({rule.name: TEXT_ALONE for rule in rules if rule.measure is not None})
     try:
         content = audio_bytes(item.utterance, item.root)
         rate = audio_rate(content)
@@ -239,7 +241,7 @@ def judge(items: Sequence[Item], measured: Sequence[Measured], rules: Sequence[R
         if rule.measure is not None:
             judged = ((i, result.values.get(rule.name, UNREADABLE), "") for i, result in enumerate(measured))
         else:
-            left = [i for i in range(len(items)) if i not in reasons]
+            left = [i for i, item in enumerate(items) if i not in reasons and not item.utterance.is_text]
             found = _likenesses([items[i] for i in left], [measured[i] for i in left], rule)
             judged = [(left[i], far, f"of {items[left[j]].utterance.id}") for i, (far, j) in sorted(found.items())]
         for i, value, note in judged:

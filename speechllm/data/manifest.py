@@ -49,14 +49,23 @@ class Utterance(BaseModel):
     split: Split
     source: str
 
+    @property
+    def is_text(self) -> bool:
+        """Whether it is a text alone."""
+        return not self.audio
+
     def facts(self) -> Facts:
         """What tasks may know about it."""
         return Facts(**{field.name: getattr(self, field.name) for field in fields(Facts)})
 
     @model_validator(mode="after")
     def _something_is_there(self) -> "Utterance":
-        if bool(self.audio) != bool(self.duration) or not (self.audio or self.text):
-            raise ValueError("audio and its duration go together; without them there is a text")
+        if self.audio and not self.duration:
+            raise ValueError("duration: is missing, or 0: say how many seconds the audio has")
+        if self.is_text and (self.duration or self.tar is not None or self.segments):
+            raise ValueError("audio: is missing, and what else is said of it is there")
+        if self.is_text and not self.text:
+            raise ValueError("audio and duration are missing, and there is no text that could train alone")
         return self
 
     @model_validator(mode="after")
@@ -131,7 +140,8 @@ def read_manifest(path: str | Path) -> list[Utterance]:
 
 
 def _line(utterance: Utterance) -> str:
-    known = {key: value for key, value in utterance.model_dump(mode="json").items() if value not in (None, {}, [])}
+    told = utterance.model_dump(mode="json", exclude={"audio", "duration"} if utterance.is_text else None)
+    known = {key: value for key, value in told.items() if value not in (None, {}, [])}
     return json.dumps(known, ensure_ascii=False) + "\n"
 
 
@@ -171,7 +181,7 @@ def load_wav(utterance: Utterance, root: str | Path, sample_rate: int) -> Tensor
     utterance is a text alone.
     """
     root = Path(root)
-    if not utterance.audio:
+    if utterance.is_text:
         raise InputError(f"{utterance.id}: is a text alone, and audio is needed here: leave it out of the manifest")
     if utterance.tar is None:
         return read_audio(root / utterance.audio, sample_rate)
