@@ -327,7 +327,7 @@ def test_a_second_run_in_the_same_folder_is_refused(
         ),
         ({"max_answer_tokens": 200}, "make sequences of 700 ids; model.max_positions = 512: raise it"),
         ({"start_from": "nowhere"}, "start_from: nowhere: not a checkpoint folder"),
-        ({"time_marks": 0.48}, "time_marks: no task tells times: set it to 0, or add such a task"),
+        ({"time_marks": 0.48}, "set it to false, or leave out time_marks and timed tasks"),
         (
             {"time_marks": 0.5, "tasks": {"activity": 1}, "curriculum": {}, "merge_repeats": False},
             "time_marks = 0.5 is no multiple of both 0.04 s and a frame of the codec (0.04 s): set another, or 0",
@@ -413,15 +413,18 @@ def test_the_shipped_configs_are_valid() -> None:
     words, tasks = (read_config(folder / f"{name}.yaml", Pretraining) for name in ("tiny", "all-tasks"))
     assert words.tasks.keys() < tasks.tasks.keys()
     assert tasks.tasks.keys() == TASKS.keys()
-    stages = ("tiny", "tasks-first", "emotions", "recall", "tiny-tasks", "shots", "longer")
+    stages = ("tiny", "tasks-first", "emotions", "recall", "tiny-tasks", "shots", "longer", "times", "talks", "final")
     chain = [read_config(folder / f"{name}.yaml", Pretraining) for name in stages]
     for before, after in pairwise(chain):
         assert after.start_from == before.out / "checkpoint" and after.model == before.model
     release = chain[-1]
+    for stage in chain[1:]:  # what audio looks like stays
+        assert (stage.n_q, stage.acoustic_stride, stage.time_marks) == (2, 3, 0.48) and stage.times == release.times
     assert FEW_SHOT.keys() < release.tasks.keys() == TRAINABLE.keys() - {"next_text", "translate_text_cs"}
     own = read_config(folder / "own-data.yaml", Pretraining)
     assert own.start_from == Path("speechllm/checkpoints/tiny") and own.tasks.keys() < tasks.tasks.keys()
     assert own.model == words.model and (own.codec, own.text_model) == (words.codec, words.text_model)
+    assert (own.time_marks, own.times) == (release.time_marks, release.times)
 
 
 def test_config_files_that_are_none(tmp_path: Path) -> None:

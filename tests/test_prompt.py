@@ -14,6 +14,7 @@ from speechllm.vocabulary import Vocabulary
 
 TEXT = TextTokenizer.load(Path(__file__).parents[1] / "tokenizers" / "text.model")
 VOCABULARY = Vocabulary(text_size=TEXT.size, n_q=2, card=16)
+MARKED = replace(VOCABULARY, times=51, mark_frames=2, mark_steps=2)
 BEGIN, AUDIO_END, ANSWER, END = (
     VOCABULARY.audio_begin,
     VOCABULARY.audio_end,
@@ -41,11 +42,14 @@ def test_exact_ids_of_a_small_example() -> None:
     assert len(answer) >= 3
 
 
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, MARKED], ids=["", "marks of time"])
 @pytest.mark.parametrize("shots", [(), SHOTS], ids=["0 shots", "2 shots"])
 @pytest.mark.parametrize("answer", ["A man runs.", ""])
-def test_served_prompt_is_the_prefix_of_the_training_sequence(shots: tuple[Example, ...], answer: str) -> None:
-    trained = render(replace(EXAMPLE, answer=answer), VOCABULARY, TEXT, shots)
-    served = render(replace(EXAMPLE, answer=None), VOCABULARY, TEXT, shots)
+def test_served_prompt_is_the_prefix_of_the_training_sequence(
+    vocabulary: Vocabulary, shots: tuple[Example, ...], answer: str
+) -> None:
+    trained = render(replace(EXAMPLE, answer=answer), vocabulary, TEXT, shots)
+    served = render(replace(EXAMPLE, answer=None), vocabulary, TEXT, shots)
     assert len(served.ids) == served.prompt_length == trained.prompt_length < len(trained.ids)
     assert torch.equal(served.ids, trained.ids[: trained.prompt_length])
     assert served.ids[-1] == ANSWER

@@ -1,5 +1,6 @@
 """Starting from an earlier checkpoint: everything that means the same is taken over, and nothing else."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ SIZES: dict[str, Any] = {"hidden_size": 32, "num_layers": 2, "expert_size": 32, 
 FIRST = TEXT.size + 32  # id after text and controls
 PLAIN = Vocabulary(TEXT.size, n_q=1, card=16)
 RICH = Vocabulary(TEXT.size, n_q=2, card=16, times=51, acoustic_stride=3)
+MARKED = replace(RICH, mark_frames=12, mark_steps=12)
 
 
 @pytest.fixture
@@ -49,8 +51,9 @@ def save(folder: Path, vocabulary: Vocabulary, codec_folder: Path) -> Path:
         (PLAIN, RICH, [((0, FIRST), (0, FIRST)), ((FIRST + 51, FIRST + 67), (FIRST, FIRST + 16))]),
         (RICH, PLAIN, [((0, FIRST), (0, FIRST)), ((FIRST, FIRST + 16), (FIRST + 51, FIRST + 67))]),
         (RICH, RICH, [((0, RICH.size), (0, RICH.size))]),
+        (RICH, MARKED, [((0, RICH.size), (0, RICH.size))]),  # no new ids: those of answers
     ],
-    ids=["more codebooks and times", "fewer", "the same"],
+    ids=["more codebooks and times", "fewer", "the same", "marks of time"],
 )
 def test_what_means_the_same_is_taken_over(
     older: Vocabulary, newer: Vocabulary, taken: list[Any], tiny_checkpoint: Path, codec: Codec, tmp_path: Path

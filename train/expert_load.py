@@ -28,13 +28,14 @@ def count_choices(
 ) -> Tensor:
     """How often each expert was chosen, int64 [layers, tasks, modalities, experts]; padding does not count.
 
-    Audio is the codes, answer what the loss is on; the rest, control ids too, is instruction. Audio that several
-    questions share counts for the first of them. router_logits: of each layer with experts, [B · seq, experts].
+    Audio is the codes and the marks of time among them, answer what the loss is on; the rest, control ids too, is
+    instruction. Audio that several questions share counts for the first of them. router_logits: of each layer with
+    experts, [B · seq, experts].
     """
     # positions are weighed, not picked: how many are picked is something that a GPU would have to be waited for
     device = batch.example_ids.device
     numbers = torch.tensor([tasks.index(task) for task in batch.tasks], device=device)  # [examples]
-    modality = torch.where(vocabulary.is_audio(batch.lm.input_ids), 0, 1)
+    modality = torch.where(batch.audio_mask & (batch.lm.input_ids != vocabulary.audio_end), 0, 1)
     modality = modality.masked_fill(batch.lm.labels != IGNORE_INDEX, 2)
     group = numbers[batch.example_ids.clamp_min(0)] * len(MODALITIES) + modality  # [B, seq]
     chosen = torch.stack([logits.topk(top_k).indices for logits in router_logits])  # [layers, B · seq, top_k]

@@ -12,6 +12,7 @@ from speechllm.checkpoint import CODEC
 from speechllm.checkpoint_settings import DEFAULT, CheckpointSettings
 from speechllm.errors import InputError, first_problem
 from speechllm.tasks import TRAINABLE
+from speechllm.vocabulary import Vocabulary
 from train.config import Settings
 from train.pretrain_config import Pretraining
 from train.training_config import Tasks, Training, Weights, known_tasks
@@ -129,7 +130,10 @@ class Finetuning(Training):
         dev_corpora = [*self.scored(), *(replay.dev_corpora if replay else ())]
         check_names(dev_corpora)
         shared = {name: getattr(self, name) for name in Training.model_fields}
-        brought = {name: checkpoint.vocabulary[name] for name in ("n_q", "acoustic_stride", "merge_repeats")}
+        brought: dict[str, Any] = {
+            name: checkpoint.vocabulary[name] for name in ("n_q", "acoustic_stride", "merge_repeats")
+        }
+        brought["time_marks"] = checkpoint.vocabulary.get("mark_steps", 0) * Vocabulary.TIME_STEP
         own = {
             "name": self.name,
             "text_model": self.model,

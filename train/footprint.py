@@ -123,8 +123,7 @@ def model_sizes(config: Pretraining) -> Sizes:
         dense=sum(p.numel() for p in objective.parameters()) - in_experts,
         in_experts=in_experts,
         outputs=vocabulary.size + (text_size + 1 if config.ctc_weight else 0),
-        ids_per_second=codec.frame_rate * (1 + (config.n_q - 1) / config.acoustic_stride)
-        + (1 / config.time_marks if config.time_marks else 0),
+        ids_per_second=vocabulary.ids_per_second(codec.frame_rate),
     )
 
 

@@ -125,7 +125,7 @@ class Objective(nn.Module):
     def audio(self, hidden: Tensor, batch: TrainingBatch) -> Tensor:
         """Next-id loss per audio id of ``hidden [B, seq - 1, hidden]``; hidden codes are no targets.
 
-        The first is predicted from the mark before it, so that none is predicted from another example.
+        The first is predicted from `audio_begin`, so that none is predicted from another example.
         """
         target = next_ids(batch.lm.input_ids)
         scored = self.vocabulary.is_audio(target) & (target != self.vocabulary.mask)

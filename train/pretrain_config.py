@@ -130,8 +130,8 @@ class Pretraining(Training):
 
     @property
     def times(self) -> int:
-        """Marks of times in the vocabulary: enough for the longest clip when a task needs them."""
-        if not any(TRAINABLE[name].marks for name in self.tasks):
+        """Marks of times in the vocabulary: enough for the longest clip when a task tells them, or audio has them."""
+        if not self.time_marks and not any(TRAINABLE[name].marks for name in self.tasks):
             return 0
         return math.ceil(self.max_audio_seconds / Vocabulary.TIME_STEP) + 1
 
@@ -145,23 +145,19 @@ class Pretraining(Training):
             )
         return Vocabulary(
             text_size,
-            self.n_q,
-            codec.card,
-            self.merge_repeats,
-            self.times,
-            self.acoustic_stride,
-            int(frames),
-            int(steps),
+            n_q=self.n_q,
+            card=codec.card,
+            merge_repeats=self.merge_repeats,
+            times=self.times,
+            acoustic_stride=self.acoustic_stride,
+            mark_frames=int(frames),
+            mark_steps=int(steps),
         )
-
-    @model_validator(mode="after")
-    def _marks_are_told(self) -> Pretraining:
-        if self.time_marks and not self.times:
-            raise ValueError("time_marks: no task tells times: set it to 0, or add such a task")
-        return self
 
     @model_validator(mode="after")
     def _times_are_heard(self) -> Pretraining:
         if self.times and self.merge_repeats:
-            raise ValueError("merge_repeats loses when things are said: set it to false, or leave out tasks with times")
+            raise ValueError(
+                "merge_repeats loses when things are said: set it to false, or leave out time_marks and timed tasks"
+            )
         return self
