@@ -124,23 +124,7 @@ class Accent(Trait):
 
 
 @dataclass(frozen=True)
-class Told(Label):
-    """What the label follows from is told before it, in any words: ``left: no``. Then only hearing is left to learn,
-    and that is learnt from other tasks too (chain of thought, Wei et al. 2022).
-    """
-
-    @property
-    def answers(self) -> dict[str, str]:
-        return {}
-
-    def read(self, parts: Parts) -> ParsedAnswer:
-        return replace(super().read((words_of(parts).rpartition(":")[2],)), text=words_of(parts))
-
-
-@dataclass(frozen=True)
-class NumberOfSpeakers(Trait, Told):
-    """The number alone is trained; a checkpoint may tell the speakers in turn before it: ``1 2 1: two``."""
-
+class NumberOfSpeakers(Trait):
     labels: tuple[str, ...] = NUMBERS
 
     def of(self, facts: Facts) -> str | None:
@@ -183,8 +167,8 @@ class YesNo(Label):
 
 @dataclass(frozen=True)
 class IsEmotion(YesNo):
-    """As :class:`Told`, but in words that are known: the emotion is told before the answer, ``sad: no``. An answer that
-    had to do both at once was not learnt.
+    """The emotion is told before the answer, ``sad: no``: then only hearing is left to learn, and that is learnt from
+    other tasks too (chain of thought, Wei et al. 2022). An answer that had to do both at once was not learnt.
     """
 
     @property
@@ -204,10 +188,17 @@ class IsEmotion(YesNo):
 
 
 @dataclass(frozen=True)
-class SpokenWord(YesNo, Told):
-    """All that is heard is told before the answer, which then follows from reading."""
+class SpokenWord(YesNo):
+    """All that is heard is told before the answer, in any words, ``left: no``; what follows from it is reading."""
 
     SHORTEST = 3  # letters of a word that is asked about
+
+    @property
+    def answers(self) -> dict[str, str]:
+        return {}
+
+    def read(self, parts: Parts) -> ParsedAnswer:
+        return replace(super().read((words_of(parts).rpartition(":")[2],)), text=words_of(parts))
 
     def write(self, facts: Facts, argument: str = "") -> Parts | None:
         own = self.of(facts)
