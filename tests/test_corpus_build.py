@@ -202,7 +202,7 @@ def test_report(built: Path, settings: dict[str, Any]) -> None:
     markdown = (built / "corpus.md").read_text()
     assert all(f"| {name} |" in markdown for name in (*corpora, *TASKS)) and "Not tested unseen: no task." in markdown
     assert "| people | recorded | test | 1 | 1.0 s | 1 |" in markdown
-    assert " of conversations, 11.0 s recorded; " in markdown
+    assert " of conversations, 11.0 s recorded, 4 sentences as text; " in markdown
     assert (built / "corpus.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -173,7 +173,7 @@ def test_sizes_are_those_of_the_checkpoint(text: str) -> None:
     sizes = section(text, "Sizes")
     for cell in ("9,995,008", "4,096,768", "8, 2 of them active", "25 frames a second", "3,000", "15 s at once"):
         assert f"{cell} |" in sizes or cell in sizes
-    assert "hears (n_q) | 2 |" in sizes and ", diarize, turns, activity, emotion, " in sizes
+    assert "| audio is heard as | 2 codebooks, " in sizes and ", diarize, turns, activity, emotion, " in sizes
 
 
 def test_every_result_is_in_it(text: str) -> None:
