@@ -179,7 +179,7 @@ def _judged(target: Target, own: Result | None, wanted: float | None) -> tuple[s
 def _how(evaluation: Evaluation) -> str:
     ours = sum(seconds for key, seconds in evaluation.seconds.items() if " / " not in key)
     return (
-        f"Asked through `speechllm serve`, 16 requests at once, greedily; {ours:.0f} s of answering the first wording. "
-        f"Checkpoint {evaluation.fingerprint}. Intervals: 1,000 draws of clips, with replacement; "
+        f"Asked through `speechllm serve`, 16 requests at once, at temperature 0; {ours:.0f} s of answering the first "
+        f"wording. Checkpoint {evaluation.fingerprint}. Intervals: 1,000 draws of clips, with replacement; "
         "where no clip is wrong they have no width, which few clips do not prove."
     )
