@@ -22,12 +22,11 @@ def answerer() -> Answerer:
 def test_every_clip_is_transcribed(answerer: Answerer) -> None:
     assert {path for path, _ in ROWS} == {f"clips/{clip.name}" for clip in (ROOT / "prompts" / "clips").glob("*.wav")}
     answers = list(answerer.ask([str(ROOT / "prompts" / path) for path, _ in ROWS], "Transcribe this audio"))
-    for answer, (path, _) in zip(answers, ROWS, strict=True):
+    for answer, (path, words) in zip(answers, ROWS, strict=True):
         assert isinstance(answer, Answer), path
         assert answer.finish_reason == "stop"
         assert answer.seconds_consumed == answer.seconds_in > 1
-    said = [answer.text for answer in answers if isinstance(answer, Answer)]
-    assert wer([words for _, words in ROWS], said) < 0.05  # a word of 35
+        assert answer.text == words.replace("in the snow", "on the snow"), path  # as the page says
 
 
 def test_a_translation_is_another_language(answerer: Answerer) -> None:
