@@ -1,6 +1,5 @@
 """Text tokenizers of either kind keep every text and never emit a control piece."""
 
-import gzip
 import json
 import pickle
 from collections.abc import Callable
@@ -13,9 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from typer.testing import CliRunner
 
+from speechllm.data.recorded import Sentence
 from speechllm.errors import InputError
 from speechllm.text import HuggingFaceTokenizer, TextTokenizer
-from train.text_tokenizer import app, read_captions, train_text_tokenizer
+from train.text_tokenizer import app, lines_of, train_text_tokenizer
 
 MODEL = Path(__file__).parents[1] / "tokenizers" / "text.model"
 TOKENIZER = TextTokenizer.load(MODEL)
@@ -306,28 +306,24 @@ def test_impossible_sizes_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "no.model").exists()
 
 
-def test_captions_are_read_with_english_twice(tmp_path: Path) -> None:
-    path = tmp_path / "captions.jsonl.gz"
-    path.write_bytes(gzip.compress(json.dumps({"id": "x", "en": "A dog.", "de": "Ein Hund."}).encode()))
-    assert list(read_captions(path)) == ["A dog.", "A dog.", "Ein Hund."]
-
-
-@pytest.mark.parametrize("line", ["{", "3", '{"id": "x"}', '{"en": null}', '["en"]'])
-def test_wrong_captions_are_named_by_line(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "captions.jsonl"
-    path.write_text('{"en": "A dog."}\n' + line + "\n")
-    with pytest.raises(InputError, match=r"captions\.jsonl, line 2"):
-        list(read_captions(path))
+def test_english_is_trained_on_twice_and_intents_as_they_are_answered() -> None:
+    caption = Sentence("x", "A dog.", {"de": "Ein Hund."})
+    order = Sentence("y", "A latte.", intent="orderDrink", slots={"size": "small", "coffeeDrink": "latte"})
+    assert list(lines_of([caption, order])) == [
+        *("A dog.", "A dog.", "Ein Hund."),
+        *("A latte.", "A latte.", "orderDrink(coffeeDrink=latte, size=small)"),
+    ]
 
 
 def test_command_trains_and_reports_user_errors(tmp_path: Path) -> None:
     captions = tmp_path / "captions.jsonl"
-    captions.write_text("".join(json.dumps({"en": line}) + "\n" for line in LINES))
+    captions.write_text("".join(json.dumps({"id": line, "en": line}) + "\n" for line in LINES))
     out = tmp_path / "text.model"
-    done = CliRunner().invoke(app, ["--captions", str(captions), "--vocab-size", "450", "--out", str(out)])
+    sources = ["--text", str(captions), "--text", "orders"]
+    done = CliRunner().invoke(app, [*sources, "--vocab-size", "450", "--out", str(out)])
     assert done.exit_code == 0, done.output
     assert TextTokenizer.load(out).size == 450
-    failed = CliRunner().invoke(app, ["--captions", str(tmp_path / "none.jsonl"), "--out", str(out)])
+    failed = CliRunner().invoke(app, ["--text", str(tmp_path / "none.jsonl"), "--out", str(out)])
     assert failed.exit_code == 2
     assert "none.jsonl" in failed.stderr
     assert "Traceback" not in failed.output

@@ -52,7 +52,8 @@ def forward(codec: SpeechCodec, batch: CtcBatch, quantize: bool) -> tuple[Tensor
     semantic, mask = codec.semantic, batch.mask.unsqueeze(-1)
     hidden = semantic.hidden(batch.mel, mask)
     if not quantize:
-        return semantic.recognize(hidden, mask), hidden.new_zeros(()), torch.full(hidden.shape[:2], -1)
+        log_probs = semantic.recognize(semantic.unquantized(hidden), mask)
+        return log_probs, hidden.new_zeros(()), torch.full(hidden.shape[:2], -1)
     # only real frames go through the quantiser, so that padding moves no code
     flat, indices, commitment = semantic.quantizer(hidden[batch.mask].unsqueeze(0))
     quantized = torch.zeros_like(hidden).masked_scatter(mask, flat)
@@ -110,7 +111,11 @@ def train_semantic(
     """Train ``codec.semantic`` in place; the state is kept in ``out`` and, with ``resume``, taken up from there."""
     codec.train()  # a codec that was loaded is in evaluation mode, in which its codebook does not learn
     optimizer = torch.optim.AdamW(
-        codec.semantic.parameters(), settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
+        codec.semantic.parameters(),
+        settings.learning_rate,
+        betas=(0.9, 0.98),
+        weight_decay=settings.weight_decay,
+        fused=True,
     )
     durations = [item.utterance.duration for item in train.items]
     sampler = LengthSampler(durations, settings.batch_seconds, settings.max_clips, seed)

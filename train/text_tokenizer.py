@@ -1,10 +1,7 @@
-"""Train the text tokenizer: python -m train.text_tokenizer --captions FILE.jsonl.gz --vocab-size 3000 --out PATH."""
+"""Train the text tokenizer: python -m train.text_tokenizer --text FILE.jsonl.gz --text orders --out PATH."""
 
-import gzip
 import io
-import json
 import string
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
@@ -13,35 +10,27 @@ from typing import Annotated
 import sentencepiece
 import typer
 
+from speechllm.data.recorded import Sentence, read_sentences
 from speechllm.errors import InputError
 from speechllm.tasks import TASKS
+from speechllm.tasks.labels import write_intent
 from speechllm.tasks.phrases import drawn
 from speechllm.text import SentencePieceTokenizer
+from train.orders import orders
 
-LANGUAGES = ("en", "de", "fr", "cs")
 # English is transcribed and translated from, instructions stand in every sequence: both should cost few pieces.
 ENGLISH_REPEATS = 2
 INSTRUCTION_REPEATS = 50
 CHARACTER_COVERAGE = 0.9995
 
 
-def read_captions(path: str | Path) -> Iterator[str]:
-    """Captions of a JSON Lines file (gzip or plain) whose lines hold texts under language codes. Raises InputError."""
-    opener = gzip.open if str(path).endswith(".gz") else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise InputError(f"{path}, line {number}: not JSON") from error
-                captions = {k: v for k, v in record.items() if k in LANGUAGES} if isinstance(record, dict) else {}
-                if not captions or not all(isinstance(caption, str) for caption in captions.values()):
-                    raise InputError(f"{path}, line {number}: expected texts under {', '.join(LANGUAGES)}")
-                for language, caption in captions.items():
-                    yield from [caption] * (ENGLISH_REPEATS if language == "en" else 1)
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise InputError(f"{path}: cannot read the captions ({error})") from error
+def lines_of(sentences: Iterable[Sentence]) -> Iterator[str]:
+    """The texts in all their languages, and intents as they are answered: names of slots should be few pieces too."""
+    for sentence in sentences:
+        for language, text in sentence.texts().items():
+            yield from [text] * (ENGLISH_REPEATS if language == "en" else 1)
+        if sentence.intent is not None:
+            yield write_intent(sentence.intent, sentence.slots)
 
 
 def train_text_tokenizer(lines: Iterable[str], vocab_size: int, path: str | Path) -> SentencePieceTokenizer:
@@ -84,21 +73,24 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    captions: Annotated[list[Path], typer.Option(help="JSON Lines of captions (en, de, fr, cs); repeatable.")],
-    out: Annotated[Path, typer.Option(help="The model file to write.")],
-    vocab_size: Annotated[int, typer.Option(help="Number of text pieces, the 256 bytes among them.")] = 3000,
+    text: Annotated[
+        list[str],
+        typer.Option(help="JSON Lines of sentences (en or text; de, fr, cs; intent, slots), or 'orders'; repeatable"),
+    ],
+    out: Annotated[Path, typer.Option(help="the model file to write")],
+    vocab_size: Annotated[int, typer.Option(help="number of text pieces, the 256 bytes among them")] = 3000,
 ) -> None:
-    """Train the SentencePiece text model on image captions and the instructions of the tasks."""
+    """Train the SentencePiece text model on sentences, their intents and the instructions of the tasks."""
     rng = Random(0)
     asked = [w for task in TASKS.values() for w in (*task.wordings, *(drawn(phrase, rng) for phrase in task.phrases))]
     try:
-        lines = [caption for path in captions for caption in read_captions(path)]
+        lines = [line for name in text for line in lines_of(orders() if name == "orders" else read_sentences(name))]
         tokenizer = train_text_tokenizer(lines + asked * INSTRUCTION_REPEATS, vocab_size, out)
     except InputError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
     pieces = sum(len(tokenizer.encode(line)) for line in lines)
-    typer.echo(f"{out}: {tokenizer.size} pieces; {len(lines)} captions, {pieces / len(lines):.1f} pieces each")
+    typer.echo(f"{out}: {tokenizer.size} pieces; {len(lines)} lines, {pieces / len(lines):.1f} pieces each")
 
 
 if __name__ == "__main__":

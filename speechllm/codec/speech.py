@@ -71,6 +71,10 @@ class SemanticEncoder(nn.Module):
             feature = feature * mask.repeat_interleave(Downsample.FACTOR, dim=1)
         return self.norm(self.stack(self.down(feature), mask))
 
+    def unquantized(self, hidden: Tensor) -> Tensor:
+        """``[B, T, dim]`` as the quantiser would give it if it had a code for every point of the space it looks in."""
+        return self.quantizer.project_out(F.normalize(self.quantizer.project_in(hidden), dim=-1))
+
     @property
     def reach(self) -> int:
         """Frames of context on either side."""
