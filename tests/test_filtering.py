@@ -42,6 +42,13 @@ def value(rule: Rule, wav: np.ndarray, **known: Any) -> Value:
     return rule.measure(Clip(utterance("one", **known), wav, RATE))
 
 
+def test_duration() -> None:
+    for seconds, dropped in ((2.4, False), (1.6, False), (2.6, True), (1.4, True)):
+        found = value(RULE["duration"], np.zeros(2 * RATE, np.float32), duration=seconds)
+        assert found == pytest.approx(abs(seconds - 2))
+        assert RULE["duration"].breaks(found) is dropped
+
+
 def test_silence() -> None:
     wav = np.full(RATE, 0.2, np.float32)  # an offset is no signal
     assert value(RULE["silence"], wav) == 0
@@ -263,9 +270,10 @@ def test_command(tmp_path: Path) -> None:
     report = json.loads((folder_of_report / "report.json").read_text())
     dropped = {row["rule"]: row["dropped"] for row in report["rules"]}
     assert dropped == {
-        "unreadable": 0, "silence": 1, "clipping": 0, "rate": 0, "language": 1, "contradiction": 0, "duplicate": 1
+        "unreadable": 0, "duration": 0, "silence": 1, "clipping": 0, "rate": 0, "language": 1, "contradiction": 0,
+        "duplicate": 1,
     }  # fmt: skip
-    for row in report["rules"][1:5]:
+    for row in report["rules"][1:6]:
         assert row["judged"] + sum(row["not_judged"].values()) == report["read"]
     assert {row["rule"]: row["not_judged"] for row in report["rules"]}["language"] == {"fewer than 5 words": 1}
     assert "| 4 | 1 fewer than 5 words |" in (folder_of_report / "report.md").read_text()
@@ -280,7 +288,7 @@ def test_command(tmp_path: Path) -> None:
 
     code, _ = run(folder / "all.jsonl", "--jobs", 1, "--bound", "language=:", "--bound", "silence=:")
     assert code == 0
-    beside = read_manifest(folder / "filtered.jsonl")
+    beside = read_manifest(folder / "all-filtered.jsonl")
     assert {u.id: u for u in beside} == {name: original[name] for name in ("good", "silent", "german", "tested")}
 
 
@@ -292,6 +300,15 @@ def test_texts_alone_are_kept_as_they_are(tmp_path: Path) -> None:
     assert code == 0 and "Kept 3 of 4 utterances" in output and "2 a text alone" in output
     good, *kept = read_manifest(tmp_path / "else" / "new.jsonl")
     assert good.audio == "../set/good.wav" and kept == texts
+
+
+def test_nothing_left_is_an_error(tmp_path: Path) -> None:
+    items = write(tmp_path, {"good": sound(1), "silent": 0 * sound(1)})
+    write_manifest(tmp_path / "manifest.jsonl", [item.utterance for item in items])
+    code, output = run(tmp_path, "--jobs", 1, "--bound", "duration=5:")
+    assert code == 2 and "nothing is kept, duration drops 2 of 2: see " in output
+    assert json.loads((tmp_path / "filtered-report" / "report.json").read_text())["kept"] == 0
+    assert not (tmp_path / "filtered.jsonl").exists()
 
 
 def test_command_refuses(tmp_path: Path) -> None:

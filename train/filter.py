@@ -19,7 +19,7 @@ import torch
 import typer
 from rich.console import Console
 
-from speechllm.data.corpus import FILTERED, Item, manifest_of, read_corpus
+from speechllm.data.corpus import FILTERED, MANIFEST, Item, manifest_of, read_corpus
 from speechllm.data.filtering import RULES, UNREADABLE, Measured, Rule, Verdicts, judge, measure
 from speechllm.data.manifest import Utterance, write_manifest
 from speechllm.errors import InputError
@@ -180,7 +180,8 @@ def filter_corpus(manifest: Path, out: Path, folder: Path, jobs: int, rules: Seq
     """Write the manifest of what is kept, and the report to ``folder``; returns the Markdown.
 
     Raises:
-        InputError: the manifest cannot be read or holds nothing, or ``out`` is the manifest itself.
+        InputError: the manifest cannot be read or holds nothing, ``out`` is the manifest itself, or nothing is kept
+            (the report is written, ``out`` is not).
     """
     source = manifest_of(manifest)
     if out.resolve() == source.resolve():
@@ -199,8 +200,9 @@ def filter_corpus(manifest: Path, out: Path, folder: Path, jobs: int, rules: Seq
         raise InputError(f"--out {out}: cannot be written there ({error.strerror}); give another --out") from error
     try:
         verdicts = judge(items, measure_all(items, jobs, f"filter {manifest}"), rules)
-        write_manifest(new, [moved(items[i].utterance, items[i].root, out.parent) for i in verdicts.kept])
-        new.replace(out)
+        if verdicts.kept:
+            write_manifest(new, [moved(items[i].utterance, items[i].root, out.parent) for i in verdicts.kept])
+            new.replace(out)
     finally:
         new.unlink(missing_ok=True)
     report = summary(manifest, out, items, verdicts, rules)
@@ -208,12 +210,20 @@ def filter_corpus(manifest: Path, out: Path, folder: Path, jobs: int, rules: Seq
     (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(text, encoding="utf-8")
     plot(folder / "distributions.png", verdicts, rules)
+    if not verdicts.kept:
+        rule, count = Counter(dropped.rule for dropped in verdicts.dropped).most_common(1)[0]
+        raise InputError(f"{manifest}: nothing is kept, {rule} drops {count} of {len(items)}: see {folder}/report.md")
     return text
+
+
+def default_out(manifest: Path) -> Path:
+    """Beside the manifest, and called after it where a folder may hold several."""
+    return manifest.with_name(FILTERED if manifest.name == MANIFEST else f"{manifest.stem}-{FILTERED}")
 
 
 def main(
     manifest: Annotated[Path, typer.Argument(help="a manifest.jsonl, or its folder")],
-    out: Annotated[Path | None, typer.Option(help=f"new manifest; default: {FILTERED} beside the original")] = None,
+    out: Annotated[Path | None, typer.Option(help=f"new manifest; default: {FILTERED} or NAME-{FILTERED} beside it")] = None,
     report: Annotated[Path | None, typer.Option(help="folder of the report; default: beside the new manifest")] = None,
     bound: Annotated[
         list[str] | None,
@@ -223,7 +233,7 @@ def main(
 ) -> None:
     """Drop utterances that are unreadable, silent, clipped, mislabelled or there twice; says what and why."""
     try:
-        out = out or manifest_of(manifest).parent / FILTERED
+        out = out or default_out(manifest_of(manifest))
         folder = report or out.parent / f"{out.stem}-report"
         typer.echo(filter_corpus(manifest, out, folder, jobs, read_bounds(bound or [])))
         typer.echo(f"{out}\n{folder}")

@@ -4,6 +4,7 @@
 rule               measured                                            kept      why
 =================  ==================================================  ========  ================================
 unreadable         the audio can be decoded                            yes       missing, cut short, not audio
+duration           seconds between the duration given and the file's   <= 0.5    another file, or one that was cut since
 silence            share of 20 ms frames above -50 dBFS                >= 0.03   hardly any speech-level signal
 clipping           share of samples at full scale                      <= 0.01   an overloaded recording
 rate               spoken characters per second of the whole clip      0.5 - 30  text and audio do not belong together
@@ -71,6 +72,11 @@ class Clip:
 
 
 Value = float | str  # what a rule measured, or why it does not judge
+
+
+def wrong_seconds(clip: Clip) -> Value:
+    """By how much the manifest is mistaken about the length."""
+    return abs(clip.utterance.duration - clip.seconds)
 
 
 def speech_level(clip: Clip) -> Value:
@@ -145,6 +151,7 @@ class Rule:
 
 # In the order in which an utterance is counted: one that breaks several rules is dropped by the first.
 RULES: tuple[Rule, ...] = (
+    Rule("duration", "seconds between the duration given and the file's", wrong_seconds, high=0.5),
     Rule("silence", "share of frames at speech level", speech_level, low=0.03),
     Rule("clipping", "share of samples at full scale", full_scale, high=0.01),
     Rule("rate", "spoken characters per second", characters_per_second, low=0.5, high=30.0),
