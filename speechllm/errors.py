@@ -13,8 +13,15 @@ def first_error(error: ValidationError) -> ErrorDetails:
     return min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
 
 
-def first_problem(error: ValidationError) -> str:
-    """That complaint as `field: message`."""
+def first_problem(error: ValidationError, whole: str = "record") -> str:
+    """That complaint as `field: message`.
+
+    Of several fields that do not go together it is the message alone, which names them; of something that has no fields
+    at all, `whole: message`.
+    """
     problem = first_error(error)
-    field = ".".join(str(part) for part in problem["loc"]) or "record"
-    return f"{field}: {problem['msg']}"
+    field = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if not field:
+        return message if problem["type"] == "value_error" else f"{whole}: {message}"
+    return f"{field}: {message}"

@@ -301,7 +301,7 @@ def test_a_second_run_in_the_same_folder_is_refused(
         ({"colour": "red"}, "pretrain.yaml: colour: "),
         ({"tasks": {"sing": 1}}, "unknown task 'sing': known are transcribe"),
         ({"tasks": {"transcribe": 0}}, "the share of transcribe must be above 0"),
-        ({"model": {"top_k": 9}}, "model: Value error, top_k = 9 exceeds num_experts = 8"),
+        ({"model": {"top_k": 9}}, "model: top_k = 9 exceeds num_experts = 8"),
         ({"ctc_layer": 3}, "ctc_layer = 3 exceeds model.num_layers = 2"),
         ({"codec": "nowhere"}, "nowhere: not a codec folder"),
         ({"corpora": {"nowhere": 1}}, "nowhere: not an encoded corpus"),

@@ -7,3 +7,14 @@ def shown_time(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.1f} s"
+
+
+def large_unit(count: float) -> tuple[str, float]:
+    """The word for millions or billions, whichever tells something, and how many it is."""
+    return ("billion", 1e9) if count >= 1e9 else ("million", 1e6)
+
+
+def shown_count(count: float) -> str:
+    """ "12.75 billion", "3.60 million"."""
+    word, size = large_unit(count)
+    return f"{count / size:.2f} {word}"

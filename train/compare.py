@@ -22,7 +22,7 @@ import typer
 import yaml
 from pydantic import Field, ValidationError
 
-from speechllm.errors import InputError, first_error
+from speechllm.errors import InputError, first_problem
 from speechllm.tasks import TRAINABLE
 from train.config import Settings, read_config
 from train.log import read_metrics
@@ -93,9 +93,7 @@ def plan_runs(comparison: Comparison) -> list[Run]:
             try:
                 config = Pretraining.model_validate(values)
             except ValidationError as error:
-                first = first_error(error)
-                setting = ".".join(map(str, first["loc"])) or "its settings"
-                raise InputError(f"variants: {variant}: {setting}: {first['msg']}") from error
+                raise InputError(f"variants: {variant}: {first_problem(error)}") from error
             file = comparison.out / f"{variant}-{seed}.yaml"
             written = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
             if folder.exists() and file.exists() and file.read_text(encoding="utf-8") != written:

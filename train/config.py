@@ -8,7 +8,7 @@ from typing import TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from speechllm.errors import InputError, first_error
+from speechllm.errors import InputError, first_problem
 
 Config = TypeVar("Config", bound="Settings")
 
@@ -36,5 +36,4 @@ def read_config(path: Path, kind: type[Config]) -> Config:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        first = first_error(error)
-        raise InputError(f"{path}: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}") from error
+        raise InputError(f"{path}: {first_problem(error, whole='the file')}") from error

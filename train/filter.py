@@ -223,7 +223,9 @@ def default_out(manifest: Path) -> Path:
 
 def main(
     manifest: Annotated[Path, typer.Argument(help="a manifest.jsonl, or its folder")],
-    out: Annotated[Path | None, typer.Option(help=f"new manifest; default: {FILTERED} or NAME-{FILTERED} beside it")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help=f"new manifest; default: beside it, {FILTERED} or NAME-{FILTERED}")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="folder of the report; default: beside the new manifest")] = None,
     bound: Annotated[
         list[str] | None,

@@ -9,6 +9,7 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 from speechllm.errors import InputError
+from train.amounts import large_unit, shown_count
 from train.engine import check_expert_parallel
 from train.footprint import Memory, Sizes, activations, flops_per_id, memory, model_sizes, states, value_bytes
 from train.pretrain_config import Pretraining
@@ -123,9 +124,10 @@ class Plan:
             for checkpointing in (False, True)
         )
         parameters, attention = self.flops
+        word, size = large_unit(sizes.total)
         off_gpu = sum(states(config, sizes, machine.ranks)) - sum(astuple(found)[:3])
         lines = {
-            "parameters": f"{sizes.total / 1e9:.2f} billion, {sizes.active / 1e9:.2f} active",
+            "parameters": f"{sizes.total / size:.2f} {word}, {sizes.active / size:.2f} active",
             f"memory of each of {machine.ranks} GPUs": "",
             **{f"  {name}": f"{size / GIB:8.2f} GiB" for name, size in asdict(found).items()},
             "  in all": f"{found.total / GIB:8.2f} GiB of {machine.gpu_memory:g}, {USABLE:.0%} of them usable",
@@ -137,8 +139,8 @@ class Plan:
             "speed": f"{self.ids_per_second:,.0f} ids a second at {machine.mfu:.0%} of {machine.tflops:g} TFLOP/s",
             "loaders": f"{self.loader_speed:,.0f} ids a second of each of {config.loader_workers} workers of a rank",
             "an epoch": f"{self.hours:,.0f} h of audio, {sizes.ids_per_second:.1f} ids a second: "
-            f"{self.epoch_ids / 1e9:.2f} billion ids, {self._days(self.epoch_ids)}",
-            "the run": f"{config.steps:,} steps, {self.run_ids / 1e9:.2f} billion ids, "
+            f"{shown_count(self.epoch_ids)} ids, {self._days(self.epoch_ids)}",
+            "the run": f"{config.steps:,} steps, {shown_count(self.run_ids)} ids, "
             f"{self.run_ids / self.epoch_ids:.2f} epochs: {self._days(self.run_ids)}",
         }
         return "\n".join(f"{name:28}{value}".rstrip() for name, value in lines.items())
