@@ -15,6 +15,7 @@ import torch
 import typer
 from datasets import Dataset, Features, Sequence, Value
 
+from speechllm.checkpoint_settings import DEFAULT
 from speechllm.codec import Codec, load_codec
 from speechllm.data.corpus import Item, read_corpus
 from speechllm.data.encoded import INFO, copy_id, stretched, write_facts
@@ -126,7 +127,7 @@ def encode_corpus(manifest: Path, codec_folder: Path, out: Path, n_q: int, copie
 def main(
     manifest: Annotated[Path, typer.Argument(help="a manifest.jsonl, or its folder")],
     out: Annotated[Path, typer.Option(help="folder for the shards; what is there already is kept")],
-    codec: Annotated[Path, typer.Option(help="codec folder")] = Path("tokenizers/codec"),
+    codec: Annotated[Path, typer.Option(help="codec folder")] = DEFAULT / "codec",
     n_q: Annotated[int, typer.Option(help="codebooks to keep", min=1)] = 1,
     copies: Annotated[
         int,

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from speechllm.checkpoint_settings import DEFAULT
 from speechllm.codec import Codec, load_codec
 from speechllm.data.corpus import Item, read_corpus
 from speechllm.data.manifest import Split, Utterance
@@ -280,8 +281,8 @@ def inspect_corpus(
 def main(
     manifest: Annotated[list[Path], typer.Argument(help="manifest.jsonl files, or their folders")],
     out: Annotated[Path | None, typer.Option(help="folder for inspect.json, inspect.md and the plots")] = None,
-    text_model: Annotated[Path, typer.Option(help="text tokenizer")] = Path("tokenizers/text.model"),
-    codec: Annotated[Path, typer.Option(help="codec folder")] = Path("tokenizers/codec"),
+    text_model: Annotated[Path, typer.Option(help="text tokenizer")] = DEFAULT / "text.model",
+    codec: Annotated[Path, typer.Option(help="codec folder")] = DEFAULT / "codec",
     examples: Annotated[int, typer.Option(help="training sequences to show", min=0)] = 3,
 ) -> None:
     """Count a corpus by split, language, speaker, source and task, and show some of its training sequences."""
