@@ -3,7 +3,7 @@
 # make check    ruff, format, types
 # make bench    speed of answering and of training on this machine
 # make stress   a server under load for two minutes, and all that can go wrong with clients
-# make train-tiny  the shipped checkpoint from nothing, by the stages of train/configs/release.yaml; goes on when repeated
+# make train-tiny  a checkpoint like the shipped one from nothing, by the stages of train/configs/release.yaml; goes on when repeated
 # make clean    remove .venv and everything generated
 #
 # PyPI's torch for Linux brings CUDA libraries (several GB). Where they are not wanted, name an index of CPU wheels:

@@ -13,6 +13,11 @@ def first_error(error: ValidationError) -> ErrorDetails:
     return min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
 
 
+def message_of(problem: ErrorDetails) -> str:
+    """What it says, without pydantic's prefix."""
+    return problem["msg"].removeprefix("Value error, ")
+
+
 def first_problem(error: ValidationError, whole: str = "record") -> str:
     """That complaint as `field: message`.
 
@@ -21,7 +26,7 @@ def first_problem(error: ValidationError, whole: str = "record") -> str:
     """
     problem = first_error(error)
     field = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
+    message = message_of(problem)
     if not field:
         return message if problem["type"] == "value_error" else f"{whole}: {message}"
     return f"{field}: {message}"

@@ -152,6 +152,26 @@ def test_a_share_of_the_clips_is_perturbed_and_each_stays_so(corpus: Path) -> No
     assert torch.equal(all_of_them.wav(1), all_of_them.wav(1))
 
 
+def test_what_is_learnt_before_the_quantiser_is_on_is_learnt_through_its_space() -> None:
+    torch.manual_seed(0)
+    codec = SpeechCodec(SpeechCodecConfig(n_mels=16, dim=32, depth=1, card=8, code_dim=4, phonemes=("a", "b")))
+    semantic = codec.eval().semantic
+    hidden = torch.randn(1, 8, 32)
+    codebook = semantic.quantizer._codebook
+    codebook.embed.data.copy_(F.normalize(semantic.quantizer.project_in(hidden), dim=-1))  # a code for each frame
+    codebook.initted.fill_(True)
+    quantized, codes, _ = semantic.quantizer(hidden, freeze_codebook=True)
+    assert sorted(codes[0].tolist()) == list(range(8))
+    torch.testing.assert_close(semantic.unquantized(hidden), quantized)
+
+    batch = CtcBatch(torch.randn(1, 32, 16), torch.tensor([8]), torch.tensor([[1, 2]]), torch.tensor([2]))
+    log_probs, _, no_codes = forward(codec.train(), batch, quantize=False)
+    ctc(log_probs, batch).backward()
+    for layer in (semantic.quantizer.project_in, semantic.quantizer.project_out):
+        assert layer.weight.grad.abs().sum() > 0
+    assert no_codes.unique().tolist() == [-1]
+
+
 def test_repeating_a_source_that_is_not_there_is_refused(codec_settings: dict[str, Any], tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "codec.yaml", codec_settings | {"out": tmp_path / "run", "repeat": {"radio": 2}})
     app = Typer()

@@ -305,6 +305,7 @@ def test_texts_alone_are_kept_as_they_are(tmp_path: Path) -> None:
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     items = write(tmp_path, {"good": sound(1), "silent": 0 * sound(1)})
     write_manifest(tmp_path / "manifest.jsonl", [item.utterance for item in items])
+    (tmp_path / "filtered.jsonl").write_text("what an earlier call left")
     code, output = run(tmp_path, "--jobs", 1, "--bound", "duration=5:")
     assert code == 2 and "nothing is kept, duration drops 2 of 2: see " in output
     assert json.loads((tmp_path / "filtered-report" / "report.json").read_text())["kept"] == 0

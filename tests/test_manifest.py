@@ -227,6 +227,8 @@ def test_read_sentences(tmp_path: Path) -> None:
         ('{"text": "Hi."}', "line 2: a sentence needs 'id'"),
         ('{"id": "s1", "text": "Hi.", "slots": [{"type": "drink"}]}', "line 2: slots are a list of objects"),
         ('{"id": "s1", "text": "Hi.", "slots": ["drink"]}', "line 2: slots are a list of objects"),
+        ('{"id": "s1", "text": "Hi.", "de": 5}', "line 2: de is no text: 5"),
+        ('{"id": "s1", "text": "Hi.", "intent": ["greet"]}', "line 2: intent is no text: .'greet'."),
     ],
 )
 def test_a_bad_sentence_is_named_by_line(tmp_path: Path, line: str, message: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -413,17 +414,22 @@ def test_the_shipped_configs_are_valid() -> None:
     words, tasks = (read_config(folder / f"{name}.yaml", Pretraining) for name in ("tiny", "all-tasks"))
     assert words.tasks.keys() < tasks.tasks.keys()
     assert tasks.tasks.keys() == TASKS.keys()
-    stages = ("tiny", "recall", "times", "talks", "tiny-tasks")
+    stages = ("tiny", "times", "talks", "recall", "tiny-tasks")
     chain = [read_config(folder / f"{name}.yaml", Pretraining) for name in stages]
     for before, after in pairwise(chain):
         assert after.start_from == before.out / "checkpoint" and after.model == before.model
     release = chain[-1]
+    recipe = (folder / "release.yaml").read_text(encoding="utf-8")
+    for told in (r"pretrain\.py --config", "--pretrain"):
+        assert re.findall(rf"{told} train/configs/([a-z-]+)\.yaml", recipe) == list(stages)
+    assert f"for part in {' '.join(stages)}; do" in (ROOT / "README.md").read_text(encoding="utf-8")
     for stage in chain[1:]:  # what audio looks like stays
         assert (stage.n_q, stage.acoustic_stride, stage.time_marks) == (2, 3, 0.48) and stage.times == release.times
     assert FEW_SHOT.keys() < release.tasks.keys() == TRAINABLE.keys() - {"next_text", "translate_text_cs"}
     own = read_config(folder / "own-data.yaml", Pretraining)
     assert own.start_from == Path("speechllm/checkpoints/tiny") and own.tasks.keys() < tasks.tasks.keys()
-    assert own.model == words.model and (own.codec, own.text_model) == (words.codec, words.text_model)
+    assert own.model == words.model
+    assert (own.codec, own.text_model) == (own.start_from / "codec", own.start_from / "text.model")
     assert (own.time_marks, own.times) == (release.time_marks, release.times)
 
 

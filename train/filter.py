@@ -200,9 +200,11 @@ def filter_corpus(manifest: Path, out: Path, folder: Path, jobs: int, rules: Seq
         raise InputError(f"--out {out}: cannot be written there ({error.strerror}); give another --out") from error
     try:
         verdicts = judge(items, measure_all(items, jobs, f"filter {manifest}"), rules)
+        write_manifest(new, [moved(items[i].utterance, items[i].root, out.parent) for i in verdicts.kept])
         if verdicts.kept:
-            write_manifest(new, [moved(items[i].utterance, items[i].root, out.parent) for i in verdicts.kept])
             new.replace(out)
+        else:
+            out.unlink(missing_ok=True)  # what an earlier call left is not what is left now
     finally:
         new.unlink(missing_ok=True)
     report = summary(manifest, out, items, verdicts, rules)
@@ -233,7 +235,7 @@ def main(
     ] = None,
     jobs: Annotated[int, typer.Option(help="processes", min=1)] = 2,
 ) -> None:
-    """Drop utterances that are unreadable, silent, clipped, mislabelled or there twice; says what and why."""
+    """Drop utterances that are unreadable, of another length, silent, clipped, mislabelled or there twice; says why."""
     try:
         out = out or default_out(manifest_of(manifest))
         folder = report or out.parent / f"{out.stem}-report"

@@ -7,10 +7,12 @@ people, without transcripts, from which alone a model learnt the commonest value
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 from random import Random
 
-from speechllm.data.recorded import Sentence
+from speechllm.data.recorded import Sentence, read_sentences
 
+ORDERS = "orders"  # the name that stands for them where a file of sentences is asked for
 INTENT = "orderDrink"
 COUNT = 6000  # sentences, of more that there could be
 AMOUNTS = ("", "some ", "a bit of ", "a little bit of ", "a lot of ", "lots of ")
@@ -38,6 +40,11 @@ def orders() -> list[Sentence]:
     """The same at each call."""
     rng = Random(0)
     return [_order(f"order_{number}", rng) for number in range(COUNT)]
+
+
+def read_or_make(text: str | Path, language: str = "en") -> list[Sentence]:
+    """The orders by their name, or the sentences of a file. Raises InputError."""
+    return orders() if text == ORDERS else read_sentences(text, language)
 
 
 def _order(name: str, rng: Random) -> Sentence:

@@ -124,10 +124,10 @@ class Plan:
             for checkpointing in (False, True)
         )
         parameters, attention = self.flops
-        word, size = large_unit(sizes.total)
+        word, unit = large_unit(sizes.total)
         off_gpu = sum(states(config, sizes, machine.ranks)) - sum(astuple(found)[:3])
         lines = {
-            "parameters": f"{sizes.total / size:.2f} {word}, {sizes.active / size:.2f} active",
+            "parameters": f"{sizes.total / unit:.2f} {word}, {sizes.active / unit:.2f} active",
             f"memory of each of {machine.ranks} GPUs": "",
             **{f"  {name}": f"{size / GIB:8.2f} GiB" for name, size in asdict(found).items()},
             "  in all": f"{found.total / GIB:8.2f} GiB of {machine.gpu_memory:g}, {USABLE:.0%} of them usable",

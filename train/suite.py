@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from speechllm.data.corpus import MANIFEST, manifest_of
-from speechllm.errors import InputError, first_problem
+from speechllm.errors import InputError, first_error, message_of
 from speechllm.tasks import TASKS, Task
 from speechllm.tasks.base import Metric
 from train.config import Settings, read_config
@@ -138,4 +138,4 @@ def make_suite(rows: Sequence[dict[str, Any]]) -> Suite:
     try:
         return Suite.model_validate({"rows": rows})
     except ValidationError as error:
-        raise InputError(first_problem(error)) from error
+        raise InputError(message_of(first_error(error))) from error  # its rows are not the user's

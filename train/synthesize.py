@@ -21,15 +21,15 @@ from rich.console import Console
 
 from speechllm.data.ambience import nonspeech, recorded_noise, room_for
 from speechllm.data.manifest import Split
-from speechllm.data.recorded import Sentence, read_sentences
+from speechllm.data.recorded import Sentence
 from speechllm.data.synthesis import SAMPLE_RATE, Engine, EngineError, Voice, require_voice, speak, voices
 from speechllm.errors import InputError
 from speechllm.metrics import normalize_text
 from speechllm.tasks import Segment
 from train.making import Outcome, make_corpus, plain_errors, report, write_utterance
-from train.orders import orders
+from train.orders import ORDERS, read_or_make
 
-BUILT_IN = ("digits", "orders", "nonspeech")  # texts that are no files
+BUILT_IN = ("digits", ORDERS, "nonspeech")  # texts that are no files
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 RATES, PITCHES = (0.85, 1.2), (0.9, 1.1)  # factors
 LEVELS_DB = (-30.0, -12.0)  # dBFS, rms of the speech
@@ -103,8 +103,7 @@ def prepare(
     """
     if unknown := set(engines) - set(get_args(Engine)):
         raise InputError(f"--engine {' '.join(sorted(unknown))}: give any of {', '.join(get_args(Engine))}")
-    own = orders() if text == "orders" else []
-    sentences = tuple(own if text in BUILT_IN else read_sentences(text, language))
+    sentences = tuple(read_or_make(text, language) if text == ORDERS or text not in BUILT_IN else ())
     if language != "en":
         if text in BUILT_IN:
             raise InputError(f"--language {language}: {text} are spoken in English only")

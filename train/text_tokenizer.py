@@ -10,13 +10,13 @@ from typing import Annotated
 import sentencepiece
 import typer
 
-from speechllm.data.recorded import Sentence, read_sentences
+from speechllm.data.recorded import Sentence
 from speechllm.errors import InputError
 from speechllm.tasks import TASKS
 from speechllm.tasks.labels import write_intent
 from speechllm.tasks.phrases import drawn
 from speechllm.text import SentencePieceTokenizer
-from train.orders import orders
+from train.orders import ORDERS, read_or_make
 
 # English is transcribed and translated from, instructions stand in every sequence: both should cost few pieces.
 ENGLISH_REPEATS = 2
@@ -61,7 +61,7 @@ def train_text_tokenizer(lines: Iterable[str], vocab_size: int, path: str | Path
         )
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise InputError(f"vocab_size = {vocab_size} does not fit the captions ({reason})") from error
+        raise InputError(f"vocab_size = {vocab_size} does not fit the lines ({reason})") from error
     tokenizer = SentencePieceTokenizer(model.getvalue(), str(path))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(path)
@@ -75,7 +75,7 @@ app = typer.Typer(add_completion=False)
 def main(
     text: Annotated[
         list[str],
-        typer.Option(help="JSON Lines of sentences (en or text; de, fr, cs; intent, slots), or 'orders'; repeatable"),
+        typer.Option(help=f"JSON Lines of sentences: en or text; de, fr, cs; intent, slots. Or {ORDERS}. Repeatable"),
     ],
     out: Annotated[Path, typer.Option(help="the model file to write")],
     vocab_size: Annotated[int, typer.Option(help="number of text pieces, the 256 bytes among them")] = 3000,
@@ -84,7 +84,7 @@ def main(
     rng = Random(0)
     asked = [w for task in TASKS.values() for w in (*task.wordings, *(drawn(phrase, rng) for phrase in task.phrases))]
     try:
-        lines = [line for name in text for line in lines_of(orders() if name == "orders" else read_sentences(name))]
+        lines = [line for name in text for line in lines_of(read_or_make(name))]
         tokenizer = train_text_tokenizer(lines + asked * INSTRUCTION_REPEATS, vocab_size, out)
     except InputError as error:
         typer.echo(f"error: {error}", err=True)

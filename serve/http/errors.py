@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from serve.engine import BackendError
-from speechllm.errors import InputError
+from speechllm.errors import InputError, message_of
 from speechllm.options import Options
 
 CLIENT_GONE = 499  # as nginx counts it: nobody is there to read the answer
@@ -93,7 +93,7 @@ def from_validation_error(error: RequestValidationError) -> ApiError:
     """The first problem pydantic saw: ``response_format: Input should be 'json', …``."""
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"] if part != "body") or None
-    what = problem["msg"].removeprefix("Value error, ")
+    what = message_of(problem)
     if problem["type"] == "extra_forbidden":
         what = "no such field, or one that this server does not support"
     elif problem["type"] == "json_invalid":

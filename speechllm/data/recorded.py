@@ -124,7 +124,11 @@ def _sentence(record: dict, where: str) -> Sentence:
     if not record.get("id") or not isinstance(text, str) or not text:
         raise InputError(f"{where}: a sentence needs 'id', and 'en' or 'text'")
     translations = {language: record[language] for language in _TRANSLATIONS if record.get(language)}
-    return Sentence(record["id"], text, translations, record.get("intent"), _slots(record.get("slots") or [], where))
+    intent = record.get("intent")
+    for name, value in {**translations, "intent": "" if intent is None else intent}.items():
+        if not isinstance(value, str):
+            raise InputError(f"{where}: {name} is no text: {value!r}")
+    return Sentence(record["id"], text, translations, intent, _slots(record.get("slots") or [], where))
 
 
 def _slots(pairs: list[dict[str, str]], where: str) -> dict[str, str]:
