@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from speechllm.codec import SpeechCodec, SpeechCodecConfig, load_codec
 from speechllm.codec.layers import FLOOR, LogMel, scale_log, unscale_log
-from speechllm.data.augment import augment, distort, mask, warp
+from speechllm.data.augment import augment, distort, mask, random_rate, warp
 from speechllm.data.corpus import read_corpus
 from speechllm.data.phonemes import phonemes
 from speechllm.errors import InputError
@@ -42,7 +42,15 @@ def test_log_mel_scale_and_its_inverse(feature: torch.Tensor) -> None:
     assert torch.allclose(unscale_log(silence).exp(), torch.full((10, 32), FLOOR))
 
 
-@pytest.mark.parametrize("change", [warp, distort, mask, augment])
+def warped(feature: torch.Tensor, rng: Random) -> torch.Tensor:
+    return warp(feature, rng, random_rate(rng))
+
+
+def augmented(feature: torch.Tensor, rng: Random) -> torch.Tensor:
+    return augment(feature, rng, random_rate(rng))
+
+
+@pytest.mark.parametrize("change", [warped, distort, mask, augmented])
 def test_augmentation_follows_from_its_random_state_alone(change: Any, feature: torch.Tensor) -> None:
     before, lengths, results = feature.clone(), set(), []
     for seed in range(40):
@@ -57,7 +65,7 @@ def test_augmentation_follows_from_its_random_state_alone(change: Any, feature: 
         lengths.add(len(made))
         results.append(made)
     assert torch.equal(feature, before)
-    assert len(lengths) > 5 if change in (warp, augment) else lengths == {150}
+    assert len(lengths) > 5 if change in (warped, augmented) else lengths == {150}
     changed = sum(r.shape != feature.shape or not torch.allclose(r, feature, atol=1e-3) for r in results)
     assert changed > 25
 
@@ -134,6 +142,9 @@ def test_targets_and_batches(corpus: Path) -> None:
     assert torch.equal(batch.frames, (durations * 25).ceil().long())
     assert batch.mel.shape == (3, 4 * int(batch.frames.max()), 16)
     varied = data.batch([0, 1, 2], Random(1))
+    longer = [data.batch([0, 1, 2], Random(seed)).frames / batch.frames for seed in range(20)]
+    assert all(rates.max() - rates.min() < 0.05 for rates in longer)  # one rate for all, but for whole frames
+    assert max(longer, key=torch.max).max() > 1.1
     assert torch.equal(varied.mel, data.batch([0, 1, 2], Random(1)).mel)
     assert varied.mel.shape != batch.mel.shape or not torch.equal(varied.mel, batch.mel)
     mute = CtcData(items[:1], (), LogMel(16000, 16), 16000).batch([0], None)  # no phoneme is common enough

@@ -10,6 +10,7 @@ from speechllm.data.sampling import LengthSampler, prefetch, short_first
 
 LENGTHS = [Random(n).uniform(1, 10) for n in range(300)]
 BUDGET, MOST = 40.0, 12
+JITTERED = (1 + LengthSampler.JITTER) / (1 - LengthSampler.JITTER)  # how far lengths in a row may be apart
 
 
 def sampler(seed: int = 1, budget: float = BUDGET, most: int = MOST) -> LengthSampler:
@@ -42,7 +43,7 @@ def test_budget_and_most_hold_and_neighbours_are_alike(budget: float, most: int)
         assert len(set(batch)) == len(batch) <= most
         assert len(batch) == 1 or sum(LENGTHS[i] for i in batch) <= budget
         lengths = [LENGTHS[i] for i in batch]
-        assert max(lengths) <= min(lengths) * 1.15 / 0.85 + 1.5  # jitter, and the spread of neighbours
+        assert max(lengths) <= min(lengths) * JITTERED + 1.5  # and the spread of neighbours
         sizes[len(batch)] += 1
     if budget == 1e9:
         assert sizes[5] > 150  # only the very end of the order holds fewer
@@ -80,7 +81,7 @@ def test_a_batch_starts_among_the_shortest_share() -> None:
     draw = sampler()
     shortest = sorted(LENGTHS)[: len(LENGTHS) // 4]
     firsts = [LENGTHS[draw(step, share=0.25)[0]] for step in range(300)]
-    assert max(firsts) <= shortest[-1] * 1.15 / 0.85  # the order is jittered
+    assert max(firsts) <= shortest[-1] * JITTERED
     assert len(set(firsts)) > 30
     assert len(draw(0, share=0.0)) >= 1  # at least the very shortest
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from speechllm.codec.layers import MEL_HOP, SILENT, Downsample, LogMel
-from speechllm.data.augment import augment
+from speechllm.data.augment import augment, random_rate
 from speechllm.data.corpus import Item
 from speechllm.data.perturb import babble, room, round_trip
 from speechllm.data.phonemes import VOICES, phonemes
@@ -105,7 +105,8 @@ class CtcData:
         """Clips ``indices`` padded to one length; augmented when ``rng`` is given."""
         mels = [self.feature(i) for i in indices]
         if rng is not None:
-            mels = [augment(mel, rng) for mel in mels]
+            rate = random_rate(rng)
+            mels = [augment(mel, rng, rate) for mel in mels]
         mels = [F.pad(mel, (0, 0, 0, -len(mel) % Downsample.FACTOR), value=float(mel.min())) for mel in mels]
         frames = torch.tensor([len(mel) // Downsample.FACTOR for mel in mels])
         targets = [self.targets[i] for i in indices]

@@ -17,10 +17,14 @@ from speechllm.codec.layers import FLOOR, scale_log, unscale_log
 DB = math.log(10.0) / 10.0  # natural log of a power ratio of 1 dB
 
 
-def warp(feature: Tensor, rng: Random) -> Tensor:
-    """Other speaking rates (time axis) and vocal tract lengths (mel axis, as in VTLN, Jaitly & Hinton 2013)."""
+def random_rate(rng: Random) -> float:
+    """A factor of the length, 1 for half of the draws. One for a whole batch keeps its clips of like length."""
+    return rng.uniform(0.8, 1.25) if rng.random() < 0.5 else 1.0
+
+
+def warp(feature: Tensor, rng: Random, rate: float) -> Tensor:
+    """Another speaking rate (time axis) and vocal tract length (mel axis, as in VTLN, Jaitly & Hinton 2013)."""
     columns, bins = feature.shape
-    rate = rng.uniform(0.8, 1.25) if rng.random() < 0.5 else 1.0
     tract = rng.uniform(0.82, 1.2) if rng.random() < 0.7 else 1.0
     if rate == tract == 1.0:
         return feature
@@ -68,6 +72,6 @@ def mask(feature: Tensor, rng: Random) -> Tensor:
     return feature
 
 
-def augment(feature: Tensor, rng: Random) -> Tensor:
-    """One random variation of ``feature [T, n_mels]``; the number of columns may change by a fifth."""
-    return mask(distort(warp(feature, rng), rng), rng)
+def augment(feature: Tensor, rng: Random, rate: float) -> Tensor:
+    """One random variation of ``feature [T, n_mels]``, ``rate`` times as long."""
+    return mask(distort(warp(feature, rng, rate), rng), rng)

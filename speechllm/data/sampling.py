@@ -25,6 +25,7 @@ class LengthSampler:
     """
 
     RESHUFFLE = 100  # steps after which neighbours in length are mixed anew
+    JITTER = 0.05  # share of its length by which an item may be taken for longer or shorter in that
 
     def __init__(self, lengths: list[float], budget: float, most: int, seed: int):
         self.lengths, self.budget, self.most, self.seed = lengths, budget, most, seed
@@ -37,7 +38,7 @@ class LengthSampler:
         epoch = step // self.RESHUFFLE
         if epoch != self._epoch:
             rng = Random(f"{self.seed} order {epoch}")
-            jittered = [n * rng.uniform(0.85, 1.15) for n in self.lengths]
+            jittered = [n * rng.uniform(1 - self.JITTER, 1 + self.JITTER) for n in self.lengths]
             self._order = sorted(range(len(jittered)), key=jittered.__getitem__)
             self._ends = list(accumulate(self.lengths[i] for i in self._order))
             self._epoch = epoch
