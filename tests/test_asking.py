@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from speechllm.options import Options
 from speechllm.tasks import TASKS, Segment
 from train import asking
 from train.asking import Server, parsed, sent
-from train.questions import Noise, Question, first, noise_of, pose
+from train.questions import Noise, Question, noise_of, pose, spread
 
 
 @pytest.fixture
@@ -168,8 +169,18 @@ def test_answers_with_marks_keep_their_segments_and_tell_their_faults() -> None:
     assert parsed(TASKS["gender"], {"text": "Male.", "segments": segments}).label == "male"
 
 
-def test_the_first_of_each_set(items: list[Item]) -> None:
-    others = [Item(item.utterance, Path("elsewhere")) for item in items]
-    questions = pose([*items, *others], TASKS["transcribe"])
-    assert [q.item.root.name for q in first(questions, 1)] == [items[0].root.name, "elsewhere"]
-    assert first(questions, None) == questions
+@pytest.mark.parametrize(("limit", "large", "small"), [(4, [0, 2, 5, 7], [0, 1, 2]), (1, [0], [0])])
+def test_what_is_asked_of_a_set_is_from_all_over_it(
+    items: list[Item], limit: int, large: list[int], small: list[int]
+) -> None:
+    (question,) = pose(items[:1], TASKS["transcribe"])
+
+    def of(name: str, count: int) -> list[Question]:
+        utterance = question.item.utterance
+        named = [utterance.model_copy(update={"id": f"{name}{n}"}) for n in range(count)]
+        return [replace(question, item=Item(one, Path(name))) for one in named]
+
+    asked = [*of("large", 10), *of("small", 3)]
+    found = [q.item.utterance.id for q in spread(asked, limit)]
+    assert found == [f"large{n}" for n in large] + [f"small{n}" for n in small]
+    assert spread(asked, None) == asked == spread(asked, 10)

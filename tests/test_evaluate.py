@@ -271,7 +271,7 @@ def test_baselines_do_not_depend_on_the_weights(suite: Path, manifest: Path) -> 
     ours, majority = parts_of_row(asked.rows[1], asked, "test", None)
     assert (ours.system, majority.system) == (OURS, "majority")
     for part, same in ((ours, False), (majority, True)):
-        prints = {fingerprint(part, asked, weights, "test", None) for weights in ("these", "those")}
+        prints = {fingerprint(part, asked, weights) for weights in ("these", "those")}
         assert (len(prints) == 1) == same
 
 

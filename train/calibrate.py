@@ -30,7 +30,7 @@ from train.calibration import Judgements, fit_temperature, negative_log_likeliho
 from train.calibration_report import Report, make_row, write_report
 from train.kept import weights_fingerprint
 from train.loop import progress_bar
-from train.questions import Question, pose
+from train.questions import Question, pose, spread
 from train.scoring import words
 from train.suite import set_name
 
@@ -136,7 +136,7 @@ def questions_of(sets: Sequence[Path], split: Split, tasks: Sequence[str], limit
     found = []
     for path in sets:
         items = read_corpus([path], split)
-        found += [Posed(set_name(path), task, pose(items, task)[:limit]) for task in able]
+        found += [Posed(set_name(path), task, spread(pose(items, task), limit)) for task in able]
     found = [posed for posed in found if posed.questions]
     if not found:
         names = ", ".join(task.name for task in able) or "none"
@@ -207,7 +207,7 @@ def main(
     dev: Annotated[list[Path], typer.Option(help="manifest.jsonl, or its folder, to fit on; repeatable")],
     test: Annotated[list[Path], typer.Option(help="manifest.jsonl, or its folder, to measure on; repeatable")],
     out: Annotated[Path, typer.Option(help="folder for calibration.json, calibration.md and calibration.png")],
-    limit: Annotated[int | None, typer.Option(min=1, help="only the first clips of each set")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="so many clips of each set, from all over it")] = None,
 ) -> None:
     """Fit the temperature of a checkpoint's confidences on dev sets; measure calibration on test sets."""
     try:

@@ -64,7 +64,7 @@ def evaluate(
                 typer.echo(f"{row.key}: no {CASCADE}, the checkpoint was not trained to translate text", err=True)
     weights, kept = weights_fingerprint(model, settings, adapter), Kept(out / KEPT, read_found)
     how = weights if beams == 1 else f"{weights} {beams} beams"
-    prints = {part.key: fingerprint(part, suite, how, split, limit) for parts in asked.values() for part in parts}
+    prints = {part.key: fingerprint(part, suite, how) for parts in asked.values() for part in parts}
     found = {key: kept.found(key, own) for key, own in prints.items()}
     with progress_bar() as bar, Server(model, adapter, beams) as ours:
         missing = [part for parts in asked.values() for part in parts if found[part.key] is None]
@@ -146,7 +146,7 @@ def main(
     model: Annotated[Path, typer.Option(help="checkpoint folder")] = DEFAULT,
     adapter: Annotated[str | None, typer.Option(help="of the checkpoint, by its name or folder")] = None,
     split: Annotated[Split, typer.Option(help="which part of the sets")] = "test",
-    limit: Annotated[int | None, typer.Option(min=1, help="only the first clips of each set")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="so many clips of each set, from all over it")] = None,
     beams: Annotated[int, typer.Option(min=1, max=Options.MAX_BEAMS, help="hypotheses kept for each answer")] = 1,
     compares: Annotated[
         bool, typer.Option("--compare", help="nothing is asked: the paths are results.json of several runs")

@@ -17,7 +17,7 @@ from speechllm.tasks import ParsedAnswer, Task
 from speechllm.tasks.labels import Label
 from train.baseline_system import System
 from train.breakdown import groups_of
-from train.questions import Advance, Noise, Question, first, noise_of, pose
+from train.questions import Advance, Noise, Question, noise_of, pose, spread
 from train.results import LOWER_IS_BETTER, OURS, Confusion, Result, read_confusion, read_rows
 from train.scoring import Measure, confusion, measures
 from train.suite import Kind, Row, Suite
@@ -63,7 +63,7 @@ def parts_of_row(row: Row, suite: Suite, split: Split, limit: int | None) -> lis
     noise = None if row.noise_db is None else Noise(row.noise_db, recorded_noise(suite))
 
     def questions(wording: str | None = None) -> tuple[Question, ...]:
-        return tuple(first(pose(items, row.asks, wording, noise), limit))
+        return tuple(spread(pose(items, row.asks, wording, noise), limit))
 
     plain = (questions(),)
     if not plain[0]:
@@ -192,7 +192,7 @@ def read_found(told: dict[str, Any]) -> Found:
     return Found(read_rows(told["results"]), matrix, told["seconds"])
 
 
-def fingerprint(part: Part, suite: Suite, weights: str, split: Split, limit: int | None) -> str:
+def fingerprint(part: Part, suite: Suite, weights: str) -> str:
     """Of all that a part's results depend on.
 
     weights: the checkpoint's, and how it answers; most baselines do not ask it.
@@ -202,8 +202,7 @@ def fingerprint(part: Part, suite: Suite, weights: str, split: Split, limit: int
         part.row.groups if part.system == OURS else (),
         part.wordings,
         weights if part.system in (OURS, CASCADE) else "",
-        split,
-        limit,
+        [question.item.utterance.id for question in part.questions[0]],
     ]
     told += [hashlib.sha256(manifest.read_bytes()).hexdigest() for manifest in suite.manifests(part.row)]
     if part.row.noise_db is not None:

@@ -80,12 +80,13 @@ def pose(items: Sequence[Item], task: Task, wording: str | None = None, noise: N
     return [question(item, facts) for item, facts in able]
 
 
-def first(questions: Sequence[Question], limit: int | None) -> list[Question]:
-    """The first of each set."""
+def spread(questions: Sequence[Question], limit: int | None) -> list[Question]:
+    """At most ``limit`` of each set, from all over it: what comes first may be of one voice, or easier."""
     kept: dict[Path, list[Question]] = {}
     for question in questions:
         kept.setdefault(question.item.root, []).append(question)
-    return [question for own in kept.values() for question in own[:limit]]
+    counts = {folder: min(limit or len(own), len(own)) for folder, own in kept.items()}
+    return [own[i * len(own) // counts[folder]] for folder, own in kept.items() for i in range(counts[folder])]
 
 
 def noise_of(folder: Path, split: Split = "test") -> tuple[Item, ...]:
