@@ -168,13 +168,15 @@ def of_its_type(alone: Path, way: str) -> Path:
 
 
 def check_alike(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
-    """But for rounding: a weight of bf16 may be the next one above or below, here and there."""
+    """But for rounding: here and there a weight of bf16 may be the next one above or below, or have gone the other way
+    for a step, by twice the learning rate, where the gradient is 0 but for rounding.
+    """
     for name, weight in one.items():
         assert two[name].dtype == weight.dtype
         if weight.dtype == torch.float32:
             torch.testing.assert_close(two[name], weight, rtol=0, atol=2e-4)
         else:
-            torch.testing.assert_close(two[name], weight, rtol=2**-7, atol=1e-3)
+            torch.testing.assert_close(two[name], weight, rtol=2**-7, atol=4e-3)
             off = ((two[name] - weight).abs() > 2e-4).sum()
             assert off <= max(2, 0.01 * weight.numel())  # 1 % of a norm's or a router's few weights is less than one
 
