@@ -17,6 +17,9 @@ from speechllm.data.corpus import Item
 from speechllm.data.manifest import Utterance
 from speechllm.errors import InputError
 from train.codec_acoustic import AcousticSettings, make_auxiliary, quantize, train_acoustic
+from train.codec_data import CtcBatch
+from train.codec_losses import mel_loss, spectral_loss
+from train.codec_semantic import forward
 from train.codec_traits import MIDDLE, ProsodyHead, TraitHeads, classes_of, energy, pitch
 from train.codec_waveform import Crops, Reconstruction, train_waveform
 from train.log import read_metrics
@@ -146,6 +149,27 @@ def small_codec() -> SpeechCodec:
     codec.acoustic.train()
     quantize(codec, 0.1 * torch.randn(2, 20 * HOP))
     return codec.eval()
+
+
+def test_whatever_is_made_is_made_on_the_device_of_what_is_given() -> None:
+    """On PyTorch's meta device, whose tensors meet none of the CPU's without an error."""
+    codec, meta = small_codec().to("meta"), torch.device("meta")
+    batch = Crops(torch.zeros(2, 20 * HOP), torch.tensor([20 * HOP, HOP]), (item(0), item(1))).to(meta)
+    frames = torch.zeros(2, 20, 8, device=meta)
+    heads = TraitHeads(8, {"gender": ("female", "male")}, HOP).to(meta)
+    ctc_batch = CtcBatch(*(torch.zeros(*size) for size in ((2, 80, 16), (2,), (2, 3), (2,)))).to(meta)
+    log_probs, _, codes = forward(codec, ctc_batch, quantize=False)
+    made = [
+        spectral_loss(batch.wav, batch.wav),
+        mel_loss(batch.wav, batch.wav, codec.mel),
+        ProsodyHead(8, RATE, HOP).to(meta)(frames, batch),
+        heads._pool(frames, batch),
+        heads.targets("gender", batch.items),
+        ctc_batch.mask,
+        log_probs,
+        codes,
+    ]
+    assert {tensor.device for tensor in made} == {meta}
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -15,6 +15,7 @@ from speechllm.data.corpus import Item
 from train.codec_data import repeated
 from train.codec_traits import TRAITS, ProsodyHead, TraitHeads, classes_of
 from train.codec_waveform import Auxiliary, Crops, Reconstruction, WaveformSettings, crops, train_waveform
+from train.loop import training_device
 
 MEASURED = 128  # held-out crops on which the heads are measured: of 24, as many as the sound takes, a share says little
 
@@ -66,7 +67,8 @@ def make_auxiliary(
         return None
     # clips with an emotion have the other labels too; among all clips few would be left to measure emotions on
     told = [item for item in dev if TRAITS["emotion"](item.utterance)] or dev
-    held_out = crops(told, settings.samples(rate, hop), MEASURED, rate, Random(f"{seed} traits"))
+    samples = settings.samples(rate, hop)
+    held_out = crops(told, samples, MEASURED, rate, Random(f"{seed} traits")).to(training_device())
 
     def measure() -> dict[str, float]:
         first = quantize(codec, held_out.wav)[3]
@@ -95,7 +97,7 @@ def train_acoustic(
     Raises InputError for a source to repeat that has no clips.
     """
     train = repeated(train, settings.repeat, "acoustic.repeat")
-    codec.eval()
+    codec.to(training_device()).eval()
     auxiliary = make_auxiliary(codec, train, dev, settings, seed)
 
     def reconstruct(batch: Crops) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -108,3 +110,4 @@ def train_acoustic(
         "acoustic", codec.acoustic, reconstruct, codec.mel, codec.sample_rate, codec.hop_length, auxiliary
     )
     train_waveform(task, train, dev, settings, out, seed, resume)
+    codec.cpu()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from random import Random
 
 import torch
@@ -29,7 +29,12 @@ class CtcBatch:
 
     @property
     def mask(self) -> Tensor:  # bool [B, T]
-        return torch.arange(self.mel.shape[1] // Downsample.FACTOR)[None] < self.frames[:, None]
+        places = torch.arange(self.mel.shape[1] // Downsample.FACTOR, device=self.frames.device)
+        return places[None] < self.frames[:, None]
+
+    def to(self, device: torch.device) -> CtcBatch:
+        """The same batch on ``device``."""
+        return CtcBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def transcribable(items: list[Item]) -> list[Item]:

@@ -22,7 +22,7 @@ def spectral_loss(made: Tensor, real: Tensor) -> Tensor:
     """Multi-resolution STFT loss (Yamamoto et al. 2020) of waveforms ``[B, samples]``."""
     total = made.new_zeros(())
     for size in RESOLUTIONS:
-        window = torch.hann_window(size)
+        window = torch.hann_window(size, device=made.device)
         a, b = (
             torch.stft(x, size, size // 4, window=window, return_complex=True).abs().clamp_min(1e-3)
             for x in (made, real)

@@ -16,7 +16,7 @@ from speechllm.data.corpus import Item
 from speechllm.data.sampling import LengthSampler, prefetch, short_first
 from train.codec_data import CtcBatch, CtcData
 from train.config import Settings
-from train.loop import Loop, cosine
+from train.loop import Loop, cosine, training_device
 
 
 class SemanticSettings(Settings):
@@ -53,11 +53,11 @@ def forward(codec: SpeechCodec, batch: CtcBatch, quantize: bool) -> tuple[Tensor
     hidden = semantic.hidden(batch.mel, mask)
     if not quantize:
         log_probs = semantic.recognize(semantic.unquantized(hidden), mask)
-        return log_probs, hidden.new_zeros(()), torch.full(hidden.shape[:2], -1)
+        return log_probs, hidden.new_zeros(()), torch.full(hidden.shape[:2], -1, device=hidden.device)
     # only real frames go through the quantiser, so that padding moves no code
     flat, indices, commitment = semantic.quantizer(hidden[batch.mask].unsqueeze(0))
     quantized = torch.zeros_like(hidden).masked_scatter(mask, flat)
-    codes = torch.full(hidden.shape[:2], -1).masked_scatter(batch.mask, indices)
+    codes = torch.full(hidden.shape[:2], -1, device=hidden.device).masked_scatter(batch.mask, indices)
     return semantic.recognize(quantized, mask), commitment.sum(), codes
 
 
@@ -73,17 +73,18 @@ def greedy(log_probs: Tensor, frames: Tensor) -> list[list[int]]:
 def evaluate(codec: SpeechCodec, data: CtcData, groups: dict[str, list[int]], quantize: bool) -> dict[str, float]:
     """Phoneme error rate of each group of clips, the use of the codes, and codes a second after merging repeats."""
     codec.eval()
+    device = codec.semantic.output.weight.device
     scores, used, merged, seconds = {}, torch.zeros(codec.card), 0, 0.0
     for name, indices in groups.items():
         references, hypotheses = [], []
         for start in range(0, len(indices), 32):
-            batch = data.batch(indices[start : start + 32], None)
+            batch = data.batch(indices[start : start + 32], None).to(device)
             log_probs, _, codes = forward(codec, batch, quantize)
             hypotheses += [" ".join(map(str, h)) for h in greedy(log_probs, batch.frames)]
             references += [" ".join(map(str, data.targets[i].tolist())) for i in indices[start : start + 32]]
             if quantize:
                 rows = [row[:n] for row, n in zip(codes, batch.frames.tolist(), strict=True)]
-                used += torch.bincount(torch.cat(rows), minlength=codec.card)
+                used += torch.bincount(torch.cat(rows), minlength=codec.card).cpu()
                 merged += sum(len(row.unique_consecutive()) for row in rows)
                 seconds += float(batch.frames.sum()) / codec.frame_rate
         scores[f"per_{name}"] = 100 * jiwer.wer(references, hypotheses)
@@ -108,7 +109,12 @@ def by_source(items: list[Item], most: int = 150) -> dict[str, list[int]]:
 def train_semantic(
     codec: SpeechCodec, train: CtcData, dev: CtcData, settings: SemanticSettings, out: Path, seed: int, resume: bool
 ) -> None:
-    """Train ``codec.semantic`` in place; the state is kept in ``out`` and, with ``resume``, taken up from there."""
+    """Train ``codec.semantic`` in place, on :func:`training_device`; afterwards it is on the CPU.
+
+    The state is kept in ``out`` and, with ``resume``, taken up from there.
+    """
+    device = training_device()
+    codec.semantic.to(device)
     codec.train()  # a codec that was loaded is in evaluation mode, in which its codebook does not learn
     optimizer = torch.optim.AdamW(
         codec.semantic.parameters(),
@@ -130,6 +136,7 @@ def train_semantic(
         for step, batch in zip(loop.steps(), prefetch(make, loop.range()), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * cosine(step, settings.warmup, settings.steps)
+            batch = batch.to(device)
             log_probs, commitment, _ = forward(codec, batch, quantize=step >= switch)
             loss = ctc(log_probs, batch)
             optimizer.zero_grad(set_to_none=True)
@@ -140,3 +147,4 @@ def train_semantic(
             if (step + 1) % settings.evaluate_every == 0 or step + 1 == settings.steps:
                 loop.evaluation(**evaluate(codec, dev, groups, quantize=step >= switch))
     loop.plot({"CTC loss": ["ctc"], "phoneme error %": [f"per_{g}" for g in groups], "perplexity": ["perplexity"]})
+    codec.semantic.cpu()

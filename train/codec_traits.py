@@ -146,7 +146,8 @@ class TraitHeads(nn.Module):
     def targets(self, trait: str, items: Sequence[Item]) -> Tensor:
         """Index of each item's value, int64 ``[B]``; UNKNOWN where it is not known or too rare."""
         values = (TRAITS[trait](item.utterance) for item in items)
-        return torch.tensor([self.classes[trait].get(value or "", UNKNOWN) for value in values])
+        indices = [self.classes[trait].get(value or "", UNKNOWN) for value in values]
+        return torch.tensor(indices, device=next(self.parameters()).device)
 
     def forward(self, quantized: Tensor, crops: Crops) -> Tensor:
         """Loss: mean over the traits of the cross entropy of what is known, 1 being what blind guessing costs.
@@ -175,5 +176,6 @@ class TraitHeads(nn.Module):
         return measures
 
     def _pool(self, quantized: Tensor, crops: Crops) -> Tensor:  # [B, T, dim] -> [B, dim]
-        frames = torch.arange(quantized.shape[1]) * self.hop_length < crops.lengths[:, None]  # not the padding
+        starts = torch.arange(quantized.shape[1], device=quantized.device) * self.hop_length
+        frames = starts < crops.lengths[:, None]  # not the padding
         return (quantized * frames.unsqueeze(-1)).sum(1) / frames.sum(1, keepdim=True)

@@ -17,7 +17,7 @@ from speechllm.data.corpus import Item
 from speechllm.data.sampling import prefetch
 from train.codec_losses import Balancer, Discriminator, mel_loss, spectral_loss
 from train.config import Settings
-from train.loop import Loop, cosine
+from train.loop import Loop, cosine, training_device
 
 WEIGHTS = {"spectral": 1.0, "mel": 1.0, "features": 1.0, "adversarial": 0.5}
 
@@ -29,6 +29,10 @@ class Crops:
     wav: Tensor  # float32 [B, samples]; silence after the end of a clip
     lengths: Tensor  # int64 [B], samples of each that are of the clip
     items: tuple[Item, ...]  # of length B: the clip of each, with its labels
+
+    def to(self, device: torch.device) -> Crops:
+        """The same crops on ``device``."""
+        return Crops(self.wav.to(device), self.lengths.to(device), self.items)
 
 
 @dataclass(frozen=True)
@@ -104,16 +108,21 @@ def train_waveform(
     seed: int,
     resume: bool,
 ) -> None:
-    """Train ``task.module`` on random crops. The state is kept in ``out/name`` and, with ``resume``, taken up there."""
-    rate, module, mel = task.sample_rate, task.module, task.mel
+    """Train ``task.module`` on random crops, on :func:`training_device`; afterwards it is on the CPU.
+
+    The state is kept in ``out/name`` and, with ``resume``, taken up there.
+    """
+    device = training_device()
+    rate, module, mel = task.sample_rate, task.module, task.mel.to(device)
     samples, auxiliary = settings.samples(rate, task.hop_length), task.auxiliary
     trained = nn.ModuleDict({"codec": module, "discriminator": Discriminator(), "balancer": Balancer(WEIGHTS)})
     if auxiliary:
         trained["heads"] = auxiliary.heads
+    trained.to(device)
     discriminator, balancer = trained["discriminator"], trained["balancer"]
     assert isinstance(balancer, Balancer)
     optimizer = torch.optim.AdamW(trained.parameters(), settings.learning_rate, betas=(0.8, 0.99))
-    held_out = crops(dev, samples, 24, rate, Random(f"{seed} dev"))
+    held_out = crops(dev, samples, 24, rate, Random(f"{seed} dev")).to(device)
     switch = int(settings.adversarial_from * settings.steps)
 
     def make(step: int) -> Crops:
@@ -125,6 +134,7 @@ def train_waveform(
                 group["lr"] = settings.learning_rate * cosine(step, settings.warmup, settings.steps)
             module.train()
             optimizer.zero_grad(set_to_none=True)
+            batch = batch.to(device)
             wav = batch.wav
             made, commitment, told = task.reconstruct(batch)
             losses = {"spectral": spectral_loss(made, wav), "mel": mel_loss(made, wav, mel)}
@@ -159,3 +169,5 @@ def train_waveform(
             **(auxiliary.panels if auxiliary else {}),
         }
     )
+    trained.cpu()
+    mel.cpu()

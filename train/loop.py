@@ -25,6 +25,11 @@ def cosine(step: int, warmup: int, steps: int, floor: float = 0.02) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def training_device() -> torch.device:
+    """Where a single process trains: on a GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def progress_bar(console: Console | None = None) -> Progress:
     """The one look of all progress bars."""
     columns = (
@@ -56,7 +61,7 @@ class Loop:
         if self.state_path.exists():
             if not resume:
                 raise InputError(f"{self.folder}: holds a run already: add --resume to go on, or set another 'out'")
-            state = torch.load(self.state_path, weights_only=True)
+            state = torch.load(self.state_path, map_location="cpu", weights_only=True)
             module.load_state_dict(state["module"])
             optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]
