@@ -24,7 +24,7 @@ _WORST: tuple[Finish, ...] = ("cancelled", "timeout", "repetition", "length")
 
 @dataclass(frozen=True)
 class Word:
-    """A word of an answer, and how sure the model was of it, within [0, 1]; times where the answer tells them."""
+    """A word of an answer, and how sure the model was of it, within [0, 1]; no times where there is no audio."""
 
     text: str
     confidence: float
@@ -47,8 +47,8 @@ class Answer:
     confidence: how sure it is that the answer is right as a whole, within [0, 1]: its probability among those that the
         task allows, to the power of 1 / the checkpoint's ``confidence_temperature``; of several spans the geometric
         mean. 1 when the model was not asked, 0 when it was stopped before it said anything.
-    seconds_consumed: what was put before the model or found to hold no speech. Equal to seconds_in: no part of a file
-        is passed over.
+    seconds_consumed: what was put before the model or found to hold no speech. Equal to seconds_in, for no part of a
+        file is passed over, unless it was stopped before each piece had its turn.
     finish_reason: "stop"; "length" when the answer of any span was cut at its longest; "repetition" when one said the
         same again and again, and was cut to once; "timeout" and "cancelled" when it was stopped, with what was there;
         "no_speech" when there was nothing to hear or the model answered with nothing; "abstained" when its confidence
@@ -105,12 +105,16 @@ class Failure:
 
 @dataclass(frozen=True)
 class SpanAnswer:
-    """What was generated about one span: a prompt of ``tokens_in`` ids, its continuation and how it ended."""
+    """What was generated about one span: a prompt of ``tokens_in`` ids, its continuation and how it ended.
+
+    heard: the prompt was put before the model.
+    """
 
     span: Span
     tokens_in: int
     best: Hypothesis
     finish: Finish
+    heard: bool = True
 
 
 @dataclass
@@ -149,7 +153,7 @@ def assemble(
             whole.slots |= parsed.slots
             own = [Segment(None, one.span.start, one.span.end, parsed.text)] if one.span.seconds else []
             whole.segments += parsed.segments if reader.marks else own
-            whole.words += () if isinstance(reader, Label) else words(checkpoint, one.best, one.span.start)
+            whole.words += () if isinstance(reader, Label) else words(checkpoint, one.best, one.span)
     confidence = _calibrated(checkpoint, sum(scores) / len(scores)) if scores else float(not spans)
     worst = next((finish for finish in _WORST if any(one.finish == finish for one in spans)), None)
     reason: FinishReason = worst or ("stop" if whole.texts else "no_speech")
@@ -166,7 +170,7 @@ def assemble(
         slots=whole.slots,
         confidence=confidence,
         seconds_in=recording.seconds,
-        seconds_consumed=recording.consumed,
+        seconds_consumed=recording.consumed - sum(one.span.seconds for one in spans if not one.heard),
         finish_reason=reason,
         model=checkpoint.settings.name,
         tokens_in=sum(one.tokens_in for one in spans),
@@ -175,10 +179,10 @@ def assemble(
     )
 
 
-def words(checkpoint: Checkpoint, best: Hypothesis, seconds: float) -> Iterator[Word]:
-    """The words of a span that begins at ``seconds``; each as sure as all its pieces together.
+def words(checkpoint: Checkpoint, best: Hypothesis, span: Span) -> Iterator[Word]:
+    """The words of a span; each as sure as all its pieces together.
 
-    Words get the times of the segment that they are in.
+    Words get the times of the segment that they are in; what the answer does not tell of these is the span's.
     """
     vocabulary = checkpoint.vocabulary
     start: float | None = None  # of the segment, once it has begun
@@ -188,11 +192,17 @@ def words(checkpoint: Checkpoint, best: Hypothesis, seconds: float) -> Iterator[
         if at is None and speaker is None:
             run.append((index, log_prob))
             continue
-        end = None if at is None or start is None else seconds + at
-        yield from _spelt(checkpoint, run, start, end)
+        end = None if at is None or start is None else span.start + at
+        yield from _spelt(checkpoint, run, *_within(span, start, end))
         run = []
-        start = seconds + at if at is not None and end is None else None
-    yield from _spelt(checkpoint, run, None, None)
+        start = span.start + at if at is not None and end is None else None
+    yield from _spelt(checkpoint, run, *_within(span, start, None))
+
+
+def _within(span: Span, start: float | None, end: float | None) -> tuple[float | None, float | None]:
+    if not span.seconds:
+        return None, None
+    return span.start if start is None else start, span.end if end is None else end
 
 
 def _spelt(

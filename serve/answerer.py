@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 
@@ -24,6 +26,7 @@ from speechllm.tasks.answer import parts_of
 from speechllm.tasks.labels import Choice
 
 _IDLE_SECONDS = 0.5  # the engine's thread looks so often whether it is to stop
+_FAILURES = 3  # in a row, after which the engine's thread ends
 
 
 class Question:
@@ -44,7 +47,9 @@ class Question:
 
     @property
     def text(self) -> str:
-        """The answer so far, in the order of the recording; once it is done, see :meth:`answer`."""
+        """The answer so far, in the order of the recording, without an end that the next id may change: white space,
+        half a character. Once it is done, see :meth:`answer`.
+        """
         checkpoint, reader = self._answerer.checkpoint, self._answerer.reader(self.task, self.options)
         texts = list(self._texts)
         for span, job in self._jobs[len(texts) :]:
@@ -52,6 +57,7 @@ class Question:
             parts = answer_parts(job.best.ids, checkpoint.vocabulary, checkpoint.text)
             texts.append(reader.read(moved(parts, span.start)).text)
             if not finish:
+                texts[-1] = texts[-1].rstrip("\ufffd").rstrip()
                 break
             self._texts = list(texts)
         return " ".join(filter(None, texts))
@@ -80,7 +86,7 @@ class Question:
             self.task,
             self._answerer.reader(self.task, self.options),
             [
-                SpanAnswer(span, len(job.request.prompt), job.best, job.finish or "cancelled")
+                SpanAnswer(span, len(job.request.prompt), job.best, job.finish or "cancelled", heard=job.queued > 0)
                 for span, job in self._jobs
             ],
             self.options.min_confidence,
@@ -118,6 +124,11 @@ class Answerer:
         self._grammars = Grammars(checkpoint.vocabulary, checkpoint.text)
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
+
+    @property
+    def positions(self) -> int:
+        """The longest prompt and answer together, in ids."""
+        return self._engine.positions
 
     @property
     def waiting(self) -> int:
@@ -216,6 +227,8 @@ class Answerer:
         on_change: Callable[[Question], None] | None = None,
     ) -> Question:
         question = Question(self, recording, normalize_instruction(instruction), options)
+        if recording.seconds and question.task and not question.task.listens and not options.labels:
+            raise InputError(f"{shorten(instruction, 60)!r} is about the text it holds: ask it without a recording")
         told = (lambda: on_change(question)) if on_change else None
         for span in recording.spans:
             job = self._engine.prepare(self._request(span, question, shots), told)
@@ -287,9 +300,17 @@ class Answerer:
         self._engine.cancel_all()
 
     def _serve(self) -> None:
+        failures = 0
         while not self._stopping.is_set():
             if self._engine.wait(_IDLE_SECONDS):
-                self._engine.step()
+                try:
+                    self._engine.step()
+                    failures = 0
+                except Exception:  # its questions have been told
+                    failures += 1
+                    if failures == _FAILURES:
+                        raise
+                    logging.exception("a step of the engine failed; it goes on with the next questions")
 
     def _request(self, span: Span, question: Question, shots: Sequence[Example]) -> Request:
         checkpoint, options = self.checkpoint, question.options

@@ -116,6 +116,10 @@ def ask(
         examples_given = shots is not None or bool(shot)
         unheard = not (audio or microphone or examples_given) and all(map(on_text_alone, instructions))
         _check(audio, instructions, microphone, format, output_dir, fallback, examples_given, unheard)
+        if fallback and not min_confidence:
+            raise InputError("--fallback: it answers what is withheld, and nothing is without --min-confidence")
+        if top_p < 1 and not temperature:
+            raise InputError("--top-p: nothing is drawn without --temperature; set that too, or leave --top-p out")
         for checkpoint in (model, fallback):
             check_folder(checkpoint)
         if stream:
@@ -129,7 +133,7 @@ def ask(
         if also and (labels or task):
             raise InputError("--also: labels, or a prompt file's task, are for one question: ask the others alone")
         if beams is None:
-            beams = 1 if stream or temperature > 0 or top_p < 1 else min(BEAMS, batch)
+            beams = 1 if stream or temperature > 0 else min(BEAMS, batch)
         options = Options(temperature, top_p, seed, beams, max_tokens, timeout, min_confidence, labels, task)
         files = files or [_recorded(folder)]
 

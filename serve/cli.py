@@ -55,6 +55,7 @@ def info(model: ModelOption = None) -> None:
     """
     with plain_errors():
         checkpoint = load(model, Device.cpu)
+        from serve.decoder import MAX_POSITIONS
         from speechllm.adapter import adapter_names, describe_adapter
         from speechllm.model import parameter_counts
         from speechllm.tasks import FEW_SHOT, TRAINABLE
@@ -68,7 +69,7 @@ def info(model: ModelOption = None) -> None:
             "folder": str(checkpoint.folder),
             "model": f"{lm.config.model_type}, {layers} layers of width {width}",
             "parameters": f"{total:,}, of which {used:,} at work on any one position",
-            "positions": f"{lm.config.max_position_embeddings:,}",
+            "positions": f"{min(lm.config.max_position_embeddings, MAX_POSITIONS):,}",
             "codec": f"{codec.sample_rate} Hz, {codec.frame_rate:g} frames a second, "
             f"{codec.n_q} codebooks of {codec.card} codes",
             "vocabulary": f"{vocabulary.size:,} ids: {vocabulary.text_size:,} text, {controls} control, "

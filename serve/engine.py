@@ -314,6 +314,9 @@ class Engine:
             jobs = [job for job in (*self._running, *self._waiting) if not job.finish]
             self._running.clear()
             self._waiting.clear()
+        if error:  # what was being copied is not to be trusted
+            self._spare += self._prefixes.values()
+            self._prefixes.clear()
         for job in jobs:
             self._leave(job)
             job._finish("cancelled", error)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 import sys
 from contextlib import redirect_stdout
 from enum import Enum
@@ -36,7 +37,7 @@ To serve it with vLLM, in this folder:
 
 To have it answer, where the checkpoint is:
 
-    speechllm serve {model}--vllm http://HOST:8001
+    speechllm serve {options}--vllm http://HOST:8001
 """
 
 
@@ -59,7 +60,7 @@ def export(
         check_folder(folder)
         checkpoint = load(model, Device.cpu, adapter)
         name = served_name(checkpoint, adapter)
-        write_export(folder, checkpoint, name, dtype)
+        write_export(folder, checkpoint, name, dtype, adapter)
         print(f"{folder}: {name}, see its README.md", flush=True)
 
 
@@ -87,10 +88,10 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"{folder}: not a folder; name a new one")
 
 
-def write_export(folder: Path, checkpoint: Checkpoint, name: str, dtype: Dtype) -> None:
+def write_export(folder: Path, checkpoint: Checkpoint, name: str, dtype: Dtype, adapter: str | None = None) -> None:
     """Write the LM to ``folder``, all of it or nothing.
 
-    checkpoint: its LM has that type afterwards. name: to be served by.
+    checkpoint: its LM has that type afterwards. name: to be served by. adapter: that is merged into it.
 
     Raises:
         InputError: something is in the way, or the folder cannot be written to.
@@ -111,7 +112,7 @@ def write_export(folder: Path, checkpoint: Checkpoint, name: str, dtype: Dtype) 
             new = Path(parent) / folder.name
             with redirect_stdout(sys.stderr):  # DeepSpeed, where it is installed, says something when it is imported
                 lm.save_pretrained(new)
-            (new / "README.md").write_text(_card(checkpoint, name, dtype), encoding="utf-8")
+            (new / "README.md").write_text(_card(checkpoint, name, dtype, adapter), encoding="utf-8")
             for file in new.iterdir():  # safetensors makes files that nobody else may read
                 file.chmod((new / "README.md").stat().st_mode)
             new.rename(folder)
@@ -119,8 +120,9 @@ def write_export(folder: Path, checkpoint: Checkpoint, name: str, dtype: Dtype) 
         raise InputError(f"{folder}: cannot be written ({error.strerror}); name another folder") from error
 
 
-def _card(checkpoint: Checkpoint, name: str, dtype: Dtype) -> str:
+def _card(checkpoint: Checkpoint, name: str, dtype: Dtype, adapter: str | None) -> str:
     from serve.vllm_client import MOST_IDS
+    from speechllm.adapter import find_adapter
     from speechllm.checkpoint_settings import DEFAULT
     from speechllm.grammar import Grammars
     from speechllm.tasks import TASKS
@@ -133,5 +135,7 @@ def _card(checkpoint: Checkpoint, name: str, dtype: Dtype) -> str:
     )
     if min(text, size - text) > MOST_IDS:  # lists that long are for the older one
         command = f"VLLM_USE_V2_MODEL_RUNNER=0 {command}"
-    model = "" if checkpoint.folder == DEFAULT else f"--model {checkpoint.folder} "
-    return _CARD.format(name=checkpoint.settings.name, dtype=dtype.value, size=size, command=command, model=model)
+    options = "" if checkpoint.folder == DEFAULT else f"--model {shlex.quote(str(checkpoint.folder.resolve()))} "
+    if adapter:
+        options += f"--adapter {shlex.quote(str(find_adapter(checkpoint.folder, adapter).resolve()))} "
+    return _CARD.format(name=checkpoint.settings.name, dtype=dtype.value, size=size, command=command, options=options)

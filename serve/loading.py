@@ -80,7 +80,13 @@ def make_answerer(
     model: Path | None, device: Device, adapter: str | None, batch: int, quantize: Quantize | None
 ) -> Answerer:
     """A checkpoint ready to answer. Raises InputError."""
-    checkpoint = load(model, device, adapter)
-    from serve.answerer import Answerer
+    check_folder(model)
+    import torch
 
-    return Answerer(checkpoint, batch, "int8" if quantize else None)
+    try:
+        checkpoint = load(model, device, adapter)
+        from serve.answerer import Answerer
+
+        return Answerer(checkpoint, batch, "int8" if quantize else None)
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"the GPU has no room for the model and {batch} answers at once: lower --batch") from error

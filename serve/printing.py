@@ -84,19 +84,21 @@ class Printer:
         self._format, self._files, self._per_file, self._silent = format, files, per_file, silent
         self._writer = Writer(format, files)
         self._paths = output_paths(files, folder, format.suffix) if folder else {}
-        self._parts: list[str] = []  # of the file that is being answered
+        self._parts: dict[str, list[str]] = {}  # of files that are not answered whole yet
+        self._failed: set[str] = set()  # files that will not be
 
     def take(self, answer: Answer | Failure) -> None:
         """The next answer."""
         if isinstance(answer, Failure):
-            self._parts = []
+            self._failed.add(answer.file)
             if self._format is Format.json and not self._paths:
                 print(json.dumps(answer.to_dict(), ensure_ascii=False), flush=True)
-        elif self._paths:
-            self._parts.append((self._writer if self._parts else Writer(self._format)).write(answer))
-            if len(self._parts) == self._per_file:
-                write_output(self._paths[answer.file], "".join(self._parts))
-                self._parts = []
+        elif self._paths and answer.file not in self._failed:
+            parts = self._parts.setdefault(answer.file, [])
+            parts.append((self._writer if parts else Writer(self._format)).write(answer))
+            if len(parts) == self._per_file:
+                write_output(self._paths[answer.file], "".join(parts))
+                del self._parts[answer.file]
         elif not self._silent:
             print(self._writer.write(answer), end="", flush=True)
 

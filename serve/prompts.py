@@ -250,7 +250,7 @@ class _Measured:
                 raise prompt.error(number, error) from error
             shots.append(_Shot(example, recording.seconds, ids, len(vocabulary.audio_ids(example.codes))))
         taken = sum(shot.ids for shot in shots)
-        positions = checkpoint.lm.config.max_position_embeddings
+        positions = answerer.positions
         question = 3 + len(text.encode(prompt.instruction))  # audio_begin, audio_end and answer are around it
         left = positions - taken - question - settings.max_answer_tokens
         return cls(tuple(shots), taken, positions, left, unusable)

@@ -64,7 +64,8 @@ def serve(
     Endpoints: /v1/audio/transcriptions, /v1/audio/translations, /v1/chat/completions, /v1/models, /health, /metrics;
     the page is at /. Ctrl-C stops it.
 
-    Exit code: 0 when it was told to stop, 2 when it cannot start.
+    Exit code: 2 when it cannot start, 130 after Ctrl-C; SIGTERM ends it as it ends any process, when what was being
+    answered is.
 
     \b
     Examples:
@@ -74,6 +75,9 @@ def serve(
     with plain_errors():
         from serve.http import ServerSettings, run
 
+        for option, values in (("--api-key", api_key), ("--name", name)):
+            if values and not all(value.strip() for value in values):
+                raise InputError(f"{option}: is empty; leave it out, or say something")
         settings = ServerSettings(
             host=host,
             port=port,

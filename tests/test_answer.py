@@ -91,10 +91,10 @@ def test_words_of_speakers_have_the_times_of_their_turns(checkpoint: Checkpoint)
     assert [(w.text, w.start, w.end) for w in answer.words] == [("a", 0.0, 1.0), ("b", 0.0, 1.0), ("c", 0.4, 2.0)]
 
 
-def test_words_without_an_end_have_no_times(checkpoint: Checkpoint) -> None:
+def test_words_of_a_segment_without_an_end_end_with_the_audio(checkpoint: Checkpoint) -> None:
     cut = said(checkpoint, (Time(0.0), "a", Time(0.4), Time(0.8), "b"), finish="length")
     words = whole(checkpoint, "transcribe_times", cut).words
-    assert [(word.text, word.start, word.end) for word in words] == [("a", 0.0, 0.4), ("b", None, None)]
+    assert [(word.text, word.start, word.end) for word in words] == [("a", 0.0, 0.4), ("b", 0.8, 2.0)]
 
 
 @pytest.mark.parametrize("text", ["hello there", "a 日本 über naïveté", "  wide   spaces ", "x", "café 😀"])
@@ -107,7 +107,7 @@ def test_words_are_as_sure_as_their_pieces_together(checkpoint: Checkpoint, text
     spelt = [p for index, p in zip(pieces, logprobs, strict=True) if checkpoint.text.piece(index).strip("\u2581")]
     total = sum(math.log(word.confidence) for word in answer.words)
     assert total == pytest.approx(sum(spelt)), "each piece is in one word, the end in none"
-    assert (answer.words[0].start, answer.words[0].end) == (None, None)
+    assert (answer.words[0].start, answer.words[0].end) == (0.0, 2.0), "of the whole piece"
 
 
 def test_confidence_is_the_probability_of_a_whole_answer(checkpoint: Checkpoint) -> None:
@@ -177,6 +177,12 @@ def test_what_was_stopped_before_its_first_id_is_not_sure(checkpoint: Checkpoint
     for min_confidence in (0.0, 0.5):
         answer = whole(checkpoint, reader, stopped, min_confidence=min_confidence)
         assert (answer.text, answer.confidence, answer.finish_reason) == ("", 0.0, finish)
+
+
+def test_what_never_had_its_turn_was_not_consumed(checkpoint: Checkpoint) -> None:
+    first, last = said(checkpoint, "a"), replace(said(checkpoint, "", start=5.0), finish="timeout")
+    consumed = [whole(checkpoint, "transcribe", first, replace(last, heard=heard)).seconds_consumed for heard in (0, 1)]
+    assert consumed[1] - consumed[0] == pytest.approx(2.0)
 
 
 def test_an_answer_less_sure_than_asked_for_is_withheld(checkpoint: Checkpoint) -> None:

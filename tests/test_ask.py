@@ -2,15 +2,19 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import clip, table
 from test_cli import ask
 
-from serve.answer import Answer
+from serve.answer import Answer, Failure
 from serve.answerer import Answerer
 from serve.ask import BEAMS
+from serve.formats import Format
+from serve.inputs import NO_AUDIO
+from serve.printing import Printer
 from speechllm.checkpoint import load_checkpoint
 from speechllm.options import Options
 
@@ -49,7 +53,7 @@ def test_the_command_says_what_the_answerer_does(tiny_checkpoint: Path, files: l
         (("--beams", "1"), 1),
         (("--beams", "3"), 3),
         (("--temperature", "1e-9"), 1),
-        (("--top-p", "1e-9"), 1),
+        (("--temperature", "1e-9", "--top-p", "0.5"), 1),
     ],
 )
 def test_hypotheses(tiny_checkpoint: Path, files: list[str], options: tuple[str, ...], beams: int) -> None:
@@ -70,6 +74,16 @@ def test_a_file_for_each_recording(tiny_checkpoint: Path, tmp_path: Path, files:
     for file, path in zip(files, (out / "2.json", out / "10.json"), strict=True):
         answers = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         assert [(answer["file"], answer["instruction"]) for answer in answers] == [(file, ASK), (file, OTHER)]
+
+
+def test_a_file_that_failed_once_takes_no_answer_from_another(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    files = ["a.wav", "b.wav", "c.wav"]
+    (answer,) = answers(tiny_checkpoint, [NO_AUDIO], [ASK], 1)
+    printer = Printer(Format.text, files, 2, tmp_path, silent=False)
+    printer.take(Failure("a.wav", "a.wav: gone"))
+    for text in ("A2", "B1", "B2", "C1", "C2"):
+        printer.take(replace(answer, file=f"{text[0].lower()}.wav", text=text))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"b.txt": "B1\nB2\n", "c.txt": "C1\nC2\n"}
 
 
 def test_examples_and_labels(tiny_checkpoint: Path, tmp_path: Path, files: list[str]) -> None:
@@ -128,6 +142,8 @@ def test_an_instruction_that_is_no_known_wording_is_told(tiny_checkpoint: Path, 
         (["--temperature", "-1"], "temperature must be from 0 to 2"),
         (["--label", "a", "--label", " a"], "labels must be names, each once"),
         (["--fallback", "x", "--shot", "a.wav=b"], "examples are encoded for one checkpoint"),
+        (["--fallback", "x"], "--fallback: it answers what is withheld, and nothing is without --min-confidence"),
+        (["--top-p", "0.9"], "--top-p: nothing is drawn without --temperature"),
         (["--shots", "none.yaml"], "cannot read the prompt file"),
     ],
 )

@@ -203,6 +203,8 @@ def test_instructions_that_cannot_be_used(tiny_checkpoint: Path, good: list[str]
         ("ask", ASK, "a.wav", "--format", "yaml"),
         ("ask", ASK, "a.wav", "--batch", "0"),
         ("ask", ASK, "a.wav", "--nonsense"),
+        ("serve", "--api-key", ""),
+        ("serve", "--name", "a", "--name", " "),
         ("nonsense",),
     ],
 )

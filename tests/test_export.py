@@ -90,7 +90,9 @@ def test_an_adapter_is_merged_and_makes_another_name(tiny_checkpoint: Path, tmp_
     assert not torch.equal(logits(merged.lm), logits(base.lm))
     name = served_name(merged, str(tmp_path / "adapter"))
     assert name.startswith("tiny-random-mine-")
-    assert name in (tmp_path / "lm" / "README.md").read_text()
+    card = (tmp_path / "lm" / "README.md").read_text()
+    assert name in card
+    assert f"speechllm serve --model {tiny_checkpoint} --adapter {tmp_path / 'adapter'} --vllm http://" in card
     assert len({name[-8:], served_name(base)[-8:], served_name(load_checkpoint())[-8:]}) == 3
 
 

@@ -204,6 +204,7 @@ def test_verbose_json(client: openai.OpenAI, alone: Answerer) -> None:
     assert both.language == "unknown"
     assert both.segments == verbose.segments
     assert [word.word for word in both.words] == expected.text.split()
+    assert {(word.start, word.end) for word in both.words} == {(segment.start, segment.end)}
     words = transcribe(client, response_format="verbose_json", timestamp_granularities=["word"])
     assert (words.segments, words.words) == (None, both.words)
     timed = transcribe(
@@ -214,7 +215,7 @@ def test_verbose_json(client: openai.OpenAI, alone: Answerer) -> None:
     )
     (answer,) = direct(alone, "Transcribe this audio with timestamps")
     assert [(s.start, s.end) for s in timed.segments] == [(round(s.start, 3), round(s.end, 3)) for s in answer.segments]
-    assert [w.start for w in timed.words] == [None if w.start is None else round(w.start, 4) for w in answer.words]
+    assert [(w.start, w.end) for w in timed.words] == [(round(w.start, 4), round(w.end, 4)) for w in answer.words]
 
 
 def test_many_questions_about_one_upload(server: Running, client: openai.OpenAI, alone: Answerer) -> None:
@@ -264,7 +265,8 @@ def test_translations_are_english(client: openai.OpenAI, alone: Answerer) -> Non
 
 def test_chat(client: openai.OpenAI, alone: Answerer) -> None:
     (expected,) = direct(alone)
-    completion = chat(client, turn(ASK), n=1, temperature=0, logprobs=False, max_tokens=None)
+    blank = {"stop": None, "tools": [], "logit_bias": {}, "store": False, "response_format": {"type": "text"}}
+    completion = chat(client, turn(ASK), n=1, temperature=0, logprobs=False, max_tokens=None, extra_body=blank)
     (choice,) = completion.choices
     assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", expected.text, "stop")
     assert completion.model == "speechllm-tiny"

@@ -11,9 +11,9 @@ import torch
 from conftest import RATE, clip
 from test_answerer import lively
 from test_cli import ask
-from test_http import CLIP, Running, serving, turn
+from test_http import Running, serving, turn
 
-from serve.answer import Answer
+from serve.answer import Answer, Failure
 from serve.answerer import Answerer
 from serve.inputs import NO_AUDIO, on_text_alone
 from speechllm.checkpoint import Checkpoint
@@ -63,6 +63,14 @@ def test_what_needs_no_audio() -> None:
         assert not on_text_alone(instruction)
 
 
+def test_a_question_about_a_text_is_not_asked_of_a_recording(server: Running, tmp_path: Path) -> None:
+    answerer = Answerer(server.answerer.checkpoint)
+    (failure,) = answerer.ask([str(clip(tmp_path / "a.wav", 0.5))], GERMAN)
+    assert isinstance(failure, Failure)
+    assert failure.error.endswith(f"a.wav: {GERMAN!r} is about the text it holds: ask it without a recording")
+    assert "is about the text it holds" in chat(server, turn(GERMAN), status=400)["error"]["message"]
+
+
 def test_the_prompt_is_the_one_of_training(checkpoint: Checkpoint) -> None:
     answerer = Answerer(checkpoint)
     answers = list(answerer.ask([NO_AUDIO], [GERMAN, GO_ON]))
@@ -94,9 +102,10 @@ def test_earlier_turns_on_text_are_shots(server: Running, checkpoint: Checkpoint
     text, tokens = expected(checkpoint, asked, (GERMAN, "Zwei Hunde rennen."))
     assert (completion["answer"]["text"], completion["answer"]["tokens_in"]) == (text, tokens)
     # after a recording, what is asked is about it, as ever
-    short = clip(tmp_path / "a.wav", 1.0)
-    heard = chat(server, turn(ASK, short), {"role": "assistant", "content": "a"}, turn(GERMAN, None))["answer"]
-    assert (heard["seconds_in"], heard["file"]) == (1.0, "messages.0 (wav)")
+    heard = [turn(ASK, clip(tmp_path / "a.wav", 1.0)), {"role": "assistant", "content": "a"}]
+    again = chat(server, *heard, turn(ASK, None))["answer"]
+    assert (again["seconds_in"], again["file"]) == (1.0, "messages.0 (wav)")
+    assert "is about the text it holds" in chat(server, *heard, turn(GERMAN, None), status=400)["error"]["message"]
 
 
 @pytest.mark.parametrize("instruction", [ASK, "Say something nice", "Is the speaker male or female?"])
@@ -106,12 +115,6 @@ def test_over_http_anything_else_needs_audio(server: Running, instruction: str) 
     assert error["param"] == "messages.0"
     shot = [turn(GERMAN, None), {"role": "assistant", "content": "Zwei Hunde rennen."}]
     assert "messages.2: no audio" in chat(server, *shot, turn(instruction, None), status=400)["error"]["message"]
-
-
-def test_a_question_with_audio_is_about_it(server: Running) -> None:
-    with_audio = chat(server, turn(GERMAN, CLIP))["answer"]
-    assert with_audio["seconds_in"] > 0
-    assert with_audio["file"] == "messages.0 (wav)"
 
 
 def test_on_the_command_line(tiny_checkpoint: Path) -> None:
@@ -147,10 +150,11 @@ def test_on_the_command_line_anything_else_needs_audio(tiny_checkpoint: Path, tm
 def test_text_and_recordings_side_by_side(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Nothing of one gets into the other: the same answers as alone."""
     answerer, alone = Answerer(checkpoint), Answerer(checkpoint, batch_size=1)
-    (about,) = alone.ask([str(clip(tmp_path / "a.wav", 1.0))], [GERMAN])
+    (about,) = alone.ask([str(clip(tmp_path / "a.wav", 1.0))], [ASK])
     (text,) = alone.ask([NO_AUDIO], [GERMAN])
     assert isinstance(about, Answer) and isinstance(text, Answer)
-    questions = [answerer.pose(answerer.listen(source), GERMAN) for source in (about.file, NO_AUDIO, about.file)]
+    asked = ((about.file, ASK), (NO_AUDIO, GERMAN), (about.file, ASK))
+    questions = [answerer.pose(answerer.listen(source), instruction) for source, instruction in asked]
     while not all(question.done for question in questions):
         answerer.drive()
     for question, one in zip(questions, (about, text, about), strict=True):

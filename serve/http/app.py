@@ -121,9 +121,10 @@ def _add_reports(app: FastAPI, service: Service) -> None:
     async def one_model(name: str) -> dict[str, Any]:
         return model(service.check_model(name))
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses=RESPONSES)
     async def health() -> dict[str, Any]:
-        """200 as long as questions are answered; needs no key."""
+        """200 as long as the engine's thread runs; needs no key."""
         if not service.answerer.alive:
             raise ApiError(503, "the engine has stopped: restart the server", code="engine_stopped")
         return {"status": "ok", "version": __version__, "model": service.models[0]}

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 from starlette.responses import JSONResponse, Response
 
 from serve.answer import Answer
@@ -96,6 +96,19 @@ class ChatRequest(AskFields):
     presence_penalty: Literal[0] | None = None
     modalities: list[Literal["text"]] | None = None
     user: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_asks_for_nothing(cls, given: Any) -> Any:
+        """Clients that send all fields there are send null, false, [] or {} for the others, and the usual format."""
+        if not isinstance(given, dict):
+            return given
+        usual = {"response_format": {"type": "text"}}
+        return {
+            name: value
+            for name, value in given.items()
+            if name in cls.model_fields or (value and value != usual.get(name))
+        }
 
     @field_validator("logprobs", "top_logprobs")
     @classmethod

@@ -66,8 +66,11 @@ def check_length(content: bytes, name: str, max_seconds: float) -> None:
         raise InputError(f"{name}: {info.channels} channels; up to {_MAX_CHANNELS} are taken")
     if info.samplerate > _MAX_RATE:
         raise InputError(f"{name}: of {info.samplerate} Hz; rates up to {_MAX_RATE} Hz are taken")
-    if info.frames > max_seconds * min(info.samplerate, _FULL_RATE):
+    if info.frames > max_seconds * info.samplerate:
         raise too_long(name, max_seconds)
+    if info.frames > max_seconds * _FULL_RATE:
+        most = max_seconds * _FULL_RATE / info.samplerate
+        raise InputError(f"{name}: at {info.samplerate} Hz up to {most:g} seconds are taken; resample it first")
 
 
 def too_long(name: str, max_seconds: float) -> InputError:

@@ -207,7 +207,7 @@ class Exchange:
             done = self._done
             if certain or done:
                 for number, result in enumerate(self._results):
-                    text = _settled(result)
+                    text = result.answer().text if isinstance(result, Question) and result.done else result.text
                     if len(text) > len(told[number]) and text.startswith(told[number]):
                         yield number, text[len(told[number]) :]
                         told[number] = text
@@ -268,13 +268,6 @@ class Exchange:
         self._results += [answer or posed.pop(0) for answer in found]
         if self._closed.is_set():
             self._cancel()  # the client went meanwhile
-
-
-def _settled(result: Question | Answer) -> str:
-    """The answer's text so far, without an end that the next id may change: white space, half a character."""
-    if isinstance(result, Answer):
-        return result.text
-    return result.answer().text if result.done else result.text.rstrip("\ufffd").rstrip()
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
