@@ -91,16 +91,6 @@ def mean_interval(
     return interval(np.stack([np.bincount(places, values), np.bincount(places)], 1), ratio, samples, seed)
 
 
-def bleu(references: Sequence[str], hypotheses: Sequence[str]) -> tuple[float, str]:
-    """Corpus BLEU (0 to 100) of the raw texts, one reference each, and sacrebleu's signature. Raises ValueError."""
-    return _text_score(BLEU(), references, hypotheses)
-
-
-def chrf(references: Sequence[str], hypotheses: Sequence[str]) -> tuple[float, str]:
-    """Corpus chrF (0 to 100) of the raw texts, one reference each, and sacrebleu's signature. Raises ValueError."""
-    return _text_score(CHRF(), references, hypotheses)
-
-
 @dataclass(frozen=True)
 class TextCounts:
     """What sacrebleu computes a corpus score of.
@@ -114,7 +104,7 @@ class TextCounts:
 
 
 def text_counts(metric: Literal["bleu", "chrf"], references: Sequence[str], hypotheses: Sequence[str]) -> TextCounts:
-    """Of each utterance what `bleu` or `chrf` adds up. Raises ValueError."""
+    """Of each utterance what BLEU or chrF of the raw texts, one reference each, adds up. Raises ValueError."""
     _check_lists(references, hypotheses)
     scorer = BLEU() if metric == "bleu" else CHRF()
     # what sacrebleu's own bootstrap resamples; it has no public name
@@ -124,12 +114,6 @@ def text_counts(metric: Literal["bleu", "chrf"], references: Sequence[str], hypo
         return float(scorer._compute_score_from_stats(sums.tolist()).score)
 
     return TextCounts(counts, score, str(scorer.get_signature()))
-
-
-def _text_score(metric: BLEU | CHRF, references: Sequence[str], hypotheses: Sequence[str]) -> tuple[float, str]:
-    _check_lists(references, hypotheses)
-    score = metric.corpus_score(list(hypotheses), [list(references)]).score
-    return float(score), str(metric.get_signature())
 
 
 def _check_lists(references: Sequence[str], hypotheses: Sequence[str]) -> None:

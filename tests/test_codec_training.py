@@ -1,5 +1,6 @@
 """Codec training: its parts on small inputs, both stages through the command, and resuming as if never stopped."""
 
+import shutil
 import signal
 from pathlib import Path
 from random import Random
@@ -303,6 +304,29 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     )
     assert resumed == whole
     assert len(whole) == (2 if (stage, step) == ("semantic", 9) else 1)
+
+
+def test_what_is_on_top_of_another_codebook_or_of_other_sizes_is_not_taken_up(
+    codec_run: Path, codec_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(codec_run, out)
+    app = Typer()
+    app.command()(train_codec.main)
+
+    def told(stage: str, **changes: Any) -> str:
+        config = write_yaml(tmp_path / "codec.yaml", codec_settings | {"out": out} | changes)
+        result = CliRunner().invoke(app, ["--config", str(config), "--stage", stage, "--resume"])
+        assert result.exit_code == 2
+        return result.output
+
+    heads = codec_settings["acoustic"] | {"prosody_weight": 1.0}
+    assert "run/acoustic: of other settings: set these again" in told("acoustic", acoustic=heads)
+    assert "semantic/codec has other sizes" in told("semantic", codec=codec_settings["codec"] | {"dim": 64})
+    codec = load_codec(out / "codec")
+    codec.semantic.quantizer._codebook.embed.neg_()  # type: ignore[union-attr]
+    train_codec.save_codec(codec, out / "codec")
+    assert "run/acoustic: is on top of another codebook 0" in told("acoustic")
 
 
 def test_wrong_configs_are_named_in_one_line(codec_settings: dict[str, Any], tmp_path: Path) -> None:

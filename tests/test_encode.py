@@ -11,9 +11,10 @@ from conftest import TEXT_MODEL
 from speechllm.audio import write_audio
 from speechllm.codec import load_codec
 from speechllm.data.corpus import Item
-from speechllm.data.encoded import read_encoded, row_codes, row_facts, stretched
+from speechllm.data.encoded import copy_id, is_varied, read_encoded, row_codes, row_facts, stretched
 from speechllm.data.manifest import Utterance, write_manifest
 from speechllm.data.mixture import Draw, Mixture
+from speechllm.errors import InputError
 from speechllm.tasks import Facts, Segment
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
@@ -51,6 +52,22 @@ def test_a_text_alone_has_no_frames(tiny_checkpoint: Path, tmp_path: Path) -> No
     assert taught == {"transcribe": heard, "translate_text_de": heard | {3}, "translate_de": heard, "language": heard}
     batch = mixture.batch([Draw("translate_text_de", 3), Draw("transcribe", 0)], 1, Random(0))
     assert sorted(batch.audio_lengths.tolist()) == [1, 2 * 50 + 1]
+
+
+def test_a_duration_that_is_not_the_audios_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    codec = load_codec(tiny_checkpoint / "codec")
+    write_audio(tmp_path / "a.wav", 0.3 * torch.randn(1, 2 * RATE, generator=torch.Generator().manual_seed(0)), RATE)
+    known = {"id": "set/0", "audio": "a.wav", "split": "train", "source": "set"}
+    near, far = (Item(Utterance.model_validate(known | {"duration": s}), tmp_path) for s in (2.3, 1.4))
+    assert row_facts(encode_row(codec, near, 1, 0)).duration == 2.0, "the audio's own is kept"
+    with pytest.raises(InputError, match=r"set/0: 2.00 s of audio, but its manifest says 1.4 s: correct that"):
+        encode_row(codec, far, 1, 0)
+
+
+def test_an_id_that_looks_like_a_copys_is_none() -> None:
+    for name, copy, varied in (("a", 0, False), ("a", 2, True), ("a#2", 0, False), ("a#2", 1, True), ("a#0", 0, False)):
+        assert is_varied({"id": copy_id(name, copy)}) == varied
+    assert len({copy_id(name, copy) for name in ("a", "a#1", "a#2") for copy in range(3)}) == 9
 
 
 def test_copies_are_stretched_as_their_sound_is(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from speechllm.adapter import lm_fingerprint, read_adapter
 from speechllm.checkpoint import load_checkpoint
 from speechllm.checkpoint_settings import read_settings
 from speechllm.data.manifest import Utterance, write_manifest
+from speechllm.data.pools import Pool
 from speechllm.errors import InputError
 from train import evaluate, finetune, own_data
 from train.config import read_config
@@ -414,6 +416,24 @@ def test_clips_that_are_too_long_can_be_left_out(
     OwnData(config, read_settings(config.model), 0).check_lengths(data / "long", "train", "")
     told = f"{data}/long: 1 of 16 train utterances are longer than the 8 s that {config.model} was trained on"
     assert capsys.readouterr().out == f"{told}, the longest 8.5 s: left out\n"
+
+
+def test_tasks_that_the_replay_has_no_answers_for_are_left_out_where_none_is_named(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool = Pool(np.array([0]), np.array([9.0]), np.array([4.0]))
+    trainer: Any = SimpleNamespace(
+        mixture=SimpleNamespace(pools={"transcribe": {"older": pool}}), world=1, rank=0,
+        own=Finetuning.model_validate(settings | {"out": tmp_path}),
+    )  # fmt: skip
+    tasks = {"transcribe": 1.0, "emotion": 1.0}
+    schedule = FineTrainer.part(trainer, "replay.tasks", tasks, {Path("older"): 1.0}, all_needed=False)
+    assert schedule.shares(0) == {"transcribe": 1.0}
+    told = "replay.tasks: no utterance of older has an answer for emotion"
+    assert capsys.readouterr().out == f"{told}: left out\n"
+    for all_needed, asked in ((True, tasks), (False, {"emotion": 1.0})):
+        with pytest.raises(InputError, match=f"{told}: name the tasks that have one"):
+            FineTrainer.part(trainer, "replay.tasks", asked, {Path("older"): 1.0}, all_needed)
 
 
 def test_long_clips_of_the_replay_are_counted(

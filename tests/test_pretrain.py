@@ -304,6 +304,8 @@ def test_a_second_run_in_the_same_folder_is_refused(
         ({"tasks": {"transcribe": 0}}, "the share of transcribe must be above 0"),
         ({"model": {"top_k": 9}}, "model: top_k = 9 exceeds num_experts = 8"),
         ({"ctc_layer": 3}, "ctc_layer = 3 exceeds model.num_layers = 2"),
+        ({"ctc_layer": 3, "ctc_weight": 0, "trait_weight": 0.2}, "ctc_layer = 3 exceeds model.num_layers = 2"),
+        ({"dev_corpora": ["a/dev", "b/dev"]}, "a/dev: another dev corpus is called dev too: rename the folder of one"),
         ({"codec": "nowhere"}, "nowhere: not a codec folder"),
         ({"corpora": {"nowhere": 1}}, "nowhere: not an encoded corpus"),
         ({"corpora": {"somewhere": 0}}, "corpora.somewhere: Input should be greater than 0"),

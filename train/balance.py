@@ -91,7 +91,10 @@ class TaskLosses:
 
 
 class Balance(nn.Module):
-    """The plain mixture: each answer id counts alike, so that a task counts as many ids as it has."""
+    """The plain mixture: the answer ids of a micro batch count alike, so that a task counts as many as it has there.
+
+    Micro batches count alike too, of however many answer ids they are.
+    """
 
     def __init__(self, tasks: Sequence[str]):
         super().__init__()

@@ -62,6 +62,8 @@ def semantic_stage(config: CodecTraining, resume: bool) -> None:
     if started.exists():
         codec = load_codec(started)  # the phonemes of the run that is resumed, whatever the corpus holds by now
         assert isinstance(codec, SpeechCodec)
+        if codec.config != config.codec.model_copy(update={"phonemes": codec.config.phonemes}):
+            raise InputError(f"codec: {started} has other sizes: set these again, or another 'out'")
     else:
         torch.manual_seed(config.seed)
         inventory = phoneme_inventory(train_items)

@@ -97,7 +97,6 @@ def train_acoustic(
     Raises InputError for a source to repeat that has no clips.
     """
     train = repeated(train, settings.repeat, "acoustic.repeat")
-    codec.to(training_device()).eval()
     auxiliary = make_auxiliary(codec, train, dev, settings, seed)
 
     def reconstruct(batch: Crops) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -107,7 +106,15 @@ def train_acoustic(
         return codec.acoustic.synthesize(semantic, acoustic), commitment, told
 
     task = Reconstruction(
-        "acoustic", codec.acoustic, reconstruct, codec.mel, codec.sample_rate, codec.hop_length, auxiliary
+        "acoustic",
+        codec.acoustic,
+        reconstruct,
+        codec.mel,
+        codec.sample_rate,
+        codec.hop_length,
+        auxiliary,
+        base=codec.fingerprint(1),
     )
+    codec.to(training_device()).eval()
     train_waveform(task, train, dev, settings, out, seed, resume)
     codec.cpu()

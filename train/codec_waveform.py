@@ -59,7 +59,7 @@ class Reconstruction:
     module: what is trained, in place.
     reconstruct: made of ``module``; crops of whole hops to waveforms ``[B, samples]``, the commitment loss and the
         losses of ``auxiliary``, by name.
-    mel: of the mel loss.
+    mel: of the mel loss. base: of what ``module`` goes on top; a run is not taken up on another.
     """
 
     name: str
@@ -69,6 +69,7 @@ class Reconstruction:
     sample_rate: int
     hop_length: int
     auxiliary: Auxiliary | None = None
+    base: str = ""
 
 
 class WaveformSettings(Settings):
@@ -128,7 +129,7 @@ def train_waveform(
     def make(step: int) -> Crops:
         return crops(train, samples, settings.batch_clips, rate, Random(f"{seed} crop {step}"))
 
-    with Loop(task.name, out, trained, optimizer, settings.steps, resume) as loop:
+    with Loop(task.name, out, trained, optimizer, settings.steps, resume, task.base) as loop:
         for step, batch in zip(loop.steps(), prefetch(make, loop.range()), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * cosine(step, settings.warmup, settings.steps)

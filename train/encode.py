@@ -19,6 +19,7 @@ from speechllm.checkpoint_settings import DEFAULT
 from speechllm.codec import Codec, load_codec
 from speechllm.data.corpus import Item, read_corpus
 from speechllm.data.encoded import INFO, copy_id, stretched, write_facts
+from speechllm.data.manifest import WRONG
 from speechllm.data.perturb import vary
 from speechllm.errors import InputError
 from train.loop import progress_bar
@@ -39,12 +40,22 @@ FEATURES = Features(
 
 
 def encode_row(codec: Codec, item: Item, n_q: int, copy: int) -> dict:
-    """One utterance as a row. Copy 0 is as recorded; the others are varied. A text alone has no frames."""
+    """One utterance as a row. Copy 0 is as recorded; the others are varied. A text alone has no frames.
+
+    Raises InputError for a duration that is not the audio's.
+    """
     known, codes = item.utterance, torch.empty(0)
     facts = known.facts()
     if known.audio:
         wav = item.wav(codec.sample_rate)
         samples = wav.shape[-1]
+        seconds = samples / codec.sample_rate
+        if abs(seconds - known.duration) > WRONG:
+            raise InputError(
+                f"{known.id}: {seconds:.2f} s of audio, but its manifest says {known.duration:g} s: correct that, or "
+                "leave it out by python -m train.filter"
+            )
+        facts = replace(facts, duration=round(seconds, 4))
         if copy:
             wav = vary(wav, codec.sample_rate, Random(f"{known.id} {copy}"))
             facts = replace(stretched(facts, wav.shape[-1] / samples), gender=None)  # higher or lower, it may be any

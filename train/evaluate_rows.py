@@ -202,7 +202,7 @@ def fingerprint(part: Part, suite: Suite, weights: str) -> str:
         part.row.groups if part.system == OURS else (),
         part.wordings,
         weights if part.system in (OURS, CASCADE) else "",
-        [question.item.utterance.id for question in part.questions[0]],
+        [(q.item.utterance.id, q.instruction, repr(q.answer)) for own in part.questions for q in own],
     ]
     told += [hashlib.sha256(manifest.read_bytes()).hexdigest() for manifest in suite.manifests(part.row)]
     if part.row.noise_db is not None:

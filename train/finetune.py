@@ -70,21 +70,27 @@ class FineTrainer(Trainer):
         own, replay = self.part("tasks", self.own.tasks, self.own.corpora), self.own.replay
         if not replay or not replay.share:
             return own
-        older = self.part("replay.tasks", self.own.replayed_tasks(self.checkpoint), self.own.replayed())
+        known = self.own.replayed_tasks(self.checkpoint)
+        older = self.part("replay.tasks", known, self.own.replayed(), all_needed=replay.tasks is not None)
         return ReplaySchedule(own, older, replay.share)
 
-    def part(self, setting: str, tasks: Tasks, corpora: Weights) -> Schedule:
-        """Examples of ``tasks`` from ``corpora``. Raises InputError for a task that they have no answer for."""
+    def part(self, setting: str, tasks: Tasks, corpora: Weights, all_needed: bool = True) -> Schedule:
+        """Examples of ``tasks`` from ``corpora``.
+
+        Raises InputError for a task that they have no answer for; or, if they need not answer all, for all.
+        """
         weights = {str(folder): weight for folder, weight in corpora.items()}
         pools = {
             task: {name: pool for name, pool in self.mixture.pools.get(task, {}).items() if name in weights}
             for task in tasks
         }
         if missing := [task for task, found in pools.items() if not found]:
-            raise InputError(
-                f"{setting}: no utterance of {', '.join(weights)} has an answer for {', '.join(missing)}: name the "
-                "tasks that have one"
-            )
+            message = f"{setting}: no utterance of {', '.join(weights)} has an answer for {', '.join(missing)}"
+            if all_needed or len(missing) == len(pools):
+                raise InputError(f"{message}: name the tasks that have one")
+            if self.rank == 0:
+                print(f"{message}: left out", flush=True)
+            pools = {task: found for task, found in pools.items() if found}
         config = self.own
         lanes = self.world * config.grad_accum_steps
         return Schedule(pools, tasks, config.batch_tokens, config.seed, lanes, config.temperature, weights)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,9 @@ class Replay(Settings):
     share: float = Field(0.25, ge=0, lt=1, description="of all examples; 0: dev_corpora are scored, no more")
     corpora: Weights = Field({}, description="as those of one's own; not read with a share of 0")
     dev_corpora: list[Path] = Field([])
-    tasks: Tasks | None = Field(None, min_length=1, description="all that the checkpoint was trained on unless given")
+    tasks: Tasks | None = Field(
+        None, min_length=1, description="all that the checkpoint was trained on and corpora answer, unless given"
+    )
 
     @field_validator("tasks")
     @classmethod
@@ -128,7 +129,6 @@ class Finetuning(Training):
         """
         replay = self.replay
         dev_corpora = [*self.scored(), *(replay.dev_corpora if replay else ())]
-        check_names(dev_corpora)
         shared = {name: getattr(self, name) for name in Training.model_fields}
         brought: dict[str, Any] = {
             name: checkpoint.vocabulary[name] for name in ("n_q", "acoustic_stride", "merge_repeats")
@@ -150,11 +150,3 @@ class Finetuning(Training):
             return Pretraining.model_validate(shared | brought | own)
         except ValidationError as error:
             raise InputError(first_problem(error)) from error
-
-
-def check_names(dev_corpora: Sequence[Path]) -> None:
-    """Raises InputError when two folders have the same name, by which scores are told apart."""
-    names = [folder.name for folder in dev_corpora]
-    for folder, name in zip(dev_corpora, names, strict=True):
-        if names.count(name) > 1:
-            raise InputError(f"{folder}: another dev corpus is called {name} too: rename the folder of one")

@@ -65,7 +65,8 @@ def train(trainer: Trainer) -> None:
     """Say what is trained, and train it; ends the process with exit code 1 when that was stopped early."""
     if trainer.rank == 0:
         total, active = trainer.parameters
-        rows = len(trainer.mixture.rows)
-        print(f"{total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active; {rows} utterances")
+        used, rows = trainer.mixture.used, len(trainer.mixture.rows)
+        left = f", {rows - used} more left out: too long, or without an answer to any task" if used < rows else ""
+        print(f"{total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active; {used} utterances{left}")
     if not trainer.run():
         sys.exit(f"stopped after step {trainer.step}; go on with --resume")

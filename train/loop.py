@@ -52,8 +52,19 @@ class Loop:
     SAVE_EVERY, LOG_EVERY = 500, 20
 
     def __init__(
-        self, name: str, out: Path, module: nn.Module, optimizer: torch.optim.Optimizer, steps: int, resume: bool
+        self,
+        name: str,
+        out: Path,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        steps: int,
+        resume: bool,
+        base: str = "",
     ):
+        """base: of what the module is trained on top; a run is not taken up on another.
+
+        Raises InputError for a run that is there and not to be resumed, or is of other modules or another base.
+        """
         self.name, self.module, self.optimizer, self.total = name, module, optimizer, steps
         self.folder = out / name
         self.state_path = self.folder / "state.pt"
@@ -62,9 +73,15 @@ class Loop:
             if not resume:
                 raise InputError(f"{self.folder}: holds a run already: add --resume to go on, or set another 'out'")
             state = torch.load(self.state_path, map_location="cpu", weights_only=True)
-            module.load_state_dict(state["module"])
-            optimizer.load_state_dict(state["optimizer"])
+            if state.get("base", base) != base:
+                raise InputError(f"{self.folder}: is on top of another codebook 0: remove it, or set another 'out'")
+            try:
+                module.load_state_dict(state["module"])
+                optimizer.load_state_dict(state["optimizer"])
+            except (RuntimeError, ValueError) as error:
+                raise InputError(f"{self.folder}: of other settings: set these again, or another 'out'") from error
             self.step = state["step"]
+        self.base = base
         self.log = MetricLog(self.folder)
         self.progress = progress_bar()
         self._sums: dict[str, tuple[float, int]] = {}
@@ -109,9 +126,8 @@ class Loop:
     def save(self) -> None:
         """Write the state under another name first, so that an interruption leaves the old one whole."""
         new = self.state_path.with_suffix(".new")
-        torch.save(
-            {"step": self.step, "module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}, new
-        )
+        state = {"step": self.step, "base": self.base}
+        torch.save(state | {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}, new)
         new.replace(self.state_path)
 
     def scalars(self, **values: float) -> None:

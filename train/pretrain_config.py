@@ -107,8 +107,16 @@ class Pretraining(Training):
     @model_validator(mode="after")
     def _ctc_layer_exists(self) -> Pretraining:
         # an LM that is started from has layers of its own, which are known once it is opened
-        if self.ctc_weight and self.ctc_layer > self.model.num_layers and not self.init_from:
+        if self.listened_layer > self.model.num_layers and not self.init_from:
             raise ValueError(f"ctc_layer = {self.ctc_layer} exceeds model.num_layers = {self.model.num_layers}")
+        return self
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Pretraining:
+        names = [folder.name for folder in self.dev_corpora]
+        for folder in self.dev_corpora:
+            if names.count(folder.name) > 1:  # scores are told apart by them
+                raise ValueError(f"{folder}: another dev corpus is called {folder.name} too: rename the folder of one")
         return self
 
     @model_validator(mode="after")
@@ -117,6 +125,11 @@ class Pretraining(Training):
             if unknown := set(self.scored_on(folder)) - self.tasks.keys():
                 raise ValueError(f"dev_corpora: {folder}: {', '.join(sorted(unknown))} not among the tasks")
         return self
+
+    @property
+    def listened_layer(self) -> int:
+        """Whose states CTC and traits are read from; 0 without either."""
+        return self.ctc_layer if self.ctc_weight or self.trait_weight else 0
 
     @property
     def attention(self) -> Attention | None:

@@ -42,7 +42,7 @@ def make_start(config: Pretraining, resumed: bool) -> Start:
     """
     base: PreTrainedModel | None = None
     if config.init_from:
-        base, text = open_lm(config.init_from, config.ctc_layer if config.ctc_weight else 0)
+        base, text = open_lm(config.init_from, config.listened_layer)
     else:
         text = TextTokenizer.load(config.text_model)
     text_size = base.config.vocab_size if base else text.size

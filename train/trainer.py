@@ -105,6 +105,7 @@ class Trainer:
                 batch_size=None,
                 sampler=micro_batches(self.schedule, steps, lanes),
                 num_workers=workers,
+                multiprocessing_context="fork" if workers else None,  # they share the corpora that are read
                 worker_init_fn=leave_signals_to_parent if workers else None,
             )
         )

@@ -21,6 +21,7 @@ from speechllm.tasks import Facts
 
 INFO = "info.json"  # of the codec that made the codes
 _FACTS = TypeAdapter(Facts)
+_COPY = re.compile(r"#[1-9]\d*$")
 
 
 def read_encoded(
@@ -71,12 +72,12 @@ def read_encoded(
 
 def copy_id(name: str, copy: int) -> str:
     """The id of an utterance's row; all but the first of its copies are varied."""
-    return f"{name}#{copy}" if copy else name
+    return f"{name}#{copy}" if copy or _COPY.search(name) else name
 
 
 def is_varied(row: dict) -> bool:
     """Whether the row is a copy, which sounds as if from another speaker and place: see :func:`copy_id`."""
-    return re.search(r"#[1-9]\d*$", row["id"]) is not None
+    return _COPY.search(row["id"]) is not None
 
 
 def row_codes(row: dict, n_q: int) -> Tensor:

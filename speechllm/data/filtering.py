@@ -45,7 +45,7 @@ from speechllm.data.audio_files import audio_rate
 from speechllm.data.corpus import Item
 from speechllm.data.duplicates import EDGES, Sound, fingerprint, nearest, normalized
 from speechllm.data.languages import written_in
-from speechllm.data.manifest import Utterance, audio_bytes
+from speechllm.data.manifest import WRONG, Utterance, audio_bytes
 from speechllm.errors import InputError
 
 UNREADABLE, CONTRADICTION, DUPLICATE = "unreadable", "contradiction", "duplicate"
@@ -151,7 +151,7 @@ class Rule:
 
 # In the order in which an utterance is counted: one that breaks several rules is dropped by the first.
 RULES: tuple[Rule, ...] = (
-    Rule("duration", "seconds between the duration given and the file's", wrong_seconds, high=0.5),
+    Rule("duration", "seconds between the duration given and the file's", wrong_seconds, high=WRONG),
     Rule("silence", "share of frames at speech level", speech_level, low=0.03),
     Rule("clipping", "share of samples at full scale", full_scale, high=0.01),
     Rule("rate", "spoken characters per second", characters_per_second, low=0.5, high=30.0),

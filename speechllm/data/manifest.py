@@ -17,6 +17,7 @@ from speechllm.tasks import Facts, Segment
 Split = Literal["train", "dev", "test"]
 Gender = Literal["male", "female"]
 SLACK = 0.05  # seconds: durations and times are often rounded apart
+WRONG = 0.5  # seconds: a duration further from the file's is another file's, or the file was cut since
 
 
 class Utterance(BaseModel):

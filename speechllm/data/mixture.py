@@ -92,6 +92,12 @@ class Mixture:
         words = self._kin.get("few_shot_word")
         self._words = sorted({word for classes in words.groups.values() for word in classes}) if words else []
 
+    @property
+    def used(self) -> int:
+        """Recordings that teach any task."""
+        rows = [pool.rows for corpora in self.pools.values() for pool in corpora.values()]
+        return len(np.unique(np.concatenate(rows))) if rows else 0
+
     def named(self, draws: Sequence[Draw]) -> str:
         """The utterances and tasks drawn, for messages."""
         return ", ".join(f"{self.rows[draw.row]['id']} ({', '.join((draw.task, *draw.also))})" for draw in draws)

@@ -65,27 +65,28 @@ def find_pools(
         ),
         desc="tasks of each recording",
     )
-    found: list[list[tuple[int, float, float, list[str]]]] = [[] for _ in tasks]
-    for row, parts in enumerate(zip(told["tasks"], told["lengths"], told["further"], told["keys"], strict=True)):
-        for place, length, further, keys in zip(*parts, strict=True):
-            found[place].append((row, length, further, keys))
+    columns = {name: told.data.column(name).combine_chunks() for name in told.column_names}  # each of lists
+    row_of = np.repeat(np.arange(len(told)), columns["tasks"].value_lengths().to_numpy())
+    able = {name: columns[name].flatten().to_numpy() for name in ("tasks", "lengths", "further")}
     corpora, ends = np.array([*sizes]), np.cumsum([*sizes.values()])
     pools: dict[str, dict[str, Pool]] = {}
     kin: dict[str, Kin] = {}
-    for name, able in zip(tasks, found, strict=True):
-        task = TRAINABLE[name]
+    for place, name in enumerate(tasks):
+        task, here = TRAINABLE[name], np.flatnonzero(able["tasks"] == place)
+        rows_here, lengths, further = row_of[here], able["lengths"][here], able["further"][here]
         if isinstance(task, FewShot):
-            corpus_of = corpora[np.searchsorted(ends, [row for row, *_ in able], "right")].tolist()
-            rows_of, ids, _, keys_of = zip(*able, strict=True) if able else ((), (), (), ())
-            own = kin[name] = Kin(task, rows_of, corpus_of, keys_of, ids)
-            able = [(row, turn * (1 + own.shots(row)), inf, keys) for row, turn, inf, keys in able if row in own.own]
-        columns = [np.array([known[n] for known in able], kind) for n, kind in ((0, int), (1, float), (2, float))]
-        cuts = np.searchsorted(columns[0], ends[:-1])
-        split = zip(*(np.split(column, cuts) for column in columns), strict=True)
-        for corpus, (places, lengths, further) in zip(sizes, split, strict=True):
+            corpus_of = corpora[np.searchsorted(ends, rows_here, "right")].tolist()
+            keys_of = columns["keys"].flatten().take(here).to_pylist()
+            own = kin[name] = Kin(task, rows_here.tolist(), corpus_of, keys_of, lengths.tolist())
+            asked = np.array([row in own.own for row in rows_here.tolist()], dtype=bool)
+            rows_here, lengths, further = rows_here[asked], lengths[asked], further[asked]
+            lengths = lengths * np.array([1 + own.shots(row) for row in rows_here.tolist()], dtype=np.int64)
+        cuts = np.searchsorted(rows_here, ends[:-1])
+        split = zip(*(np.split(column, cuts) for column in (rows_here, lengths, further)), strict=True)
+        for corpus, (places, sized, more) in zip(sizes, split, strict=True):
             if len(places):
-                order = np.argsort(lengths, kind="stable")
-                pools.setdefault(name, {})[corpus] = Pool(places[order], lengths[order], further[order])
+                order = np.argsort(sized, kind="stable")
+                pools.setdefault(name, {})[corpus] = Pool(places[order], sized[order], more[order])
     return pools, kin
 
 
