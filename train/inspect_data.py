@@ -285,7 +285,10 @@ def main(
     codec: Annotated[Path, typer.Option(help="codec folder")] = DEFAULT / "codec",
     examples: Annotated[int, typer.Option(help="training sequences to show", min=0)] = 3,
 ) -> None:
-    """Count a corpus by split, language, speaker, source and task, and show some of its training sequences."""
+    """Count a corpus by split, language, speaker, source and task, and show some of its training sequences.
+
+    These are of codebook 0 alone, with every frame: other layouts of a config have other ids.
+    """
     try:
         torch.set_num_threads(1)
         show(inspect_corpus(manifest, out, text_model, codec, examples), Console())
