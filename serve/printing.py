@@ -93,14 +93,19 @@ class Printer:
             self._failed.add(answer.file)
             if self._format is Format.json and not self._paths:
                 print(json.dumps(answer.to_dict(), ensure_ascii=False), flush=True)
-        elif self._paths and answer.file not in self._failed:
-            parts = self._parts.setdefault(answer.file, [])
-            parts.append((self._writer if parts else Writer(self._format)).write(answer))
-            if len(parts) == self._per_file:
-                write_output(self._paths[answer.file], "".join(parts))
-                del self._parts[answer.file]
+        elif self._paths:
+            self._collect(answer)
         elif not self._silent:
             print(self._writer.write(answer), end="", flush=True)
+
+    def _collect(self, answer: Answer) -> None:
+        if answer.file in self._failed:
+            return
+        parts = self._parts.setdefault(answer.file, [])
+        parts.append((self._writer if parts else Writer(self._format)).write(answer))
+        if len(parts) == self._per_file:
+            write_output(self._paths[answer.file], "".join(parts))
+            del self._parts[answer.file]
 
 
 def remark(answer: Answer | Failure, format: Format, longest: int) -> None:

@@ -76,7 +76,9 @@ def test_a_file_for_each_recording(tiny_checkpoint: Path, tmp_path: Path, files:
         assert [(answer["file"], answer["instruction"]) for answer in answers] == [(file, ASK), (file, OTHER)]
 
 
-def test_a_file_that_failed_once_takes_no_answer_from_another(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_file_that_failed_once_takes_no_answer_from_another(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = ["a.wav", "b.wav", "c.wav"]
     (answer,) = answers(tiny_checkpoint, [NO_AUDIO], [ASK], 1)
     printer = Printer(Format.text, files, 2, tmp_path, silent=False)
@@ -84,6 +86,7 @@ def test_a_file_that_failed_once_takes_no_answer_from_another(tiny_checkpoint: P
     for text in ("A2", "B1", "B2", "C1", "C2"):
         printer.take(replace(answer, file=f"{text[0].lower()}.wav", text=text))
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"b.txt": "B1\nB2\n", "c.txt": "C1\nC2\n"}
+    assert capsys.readouterr().out == ""
 
 
 def test_examples_and_labels(tiny_checkpoint: Path, tmp_path: Path, files: list[str]) -> None:
