@@ -61,6 +61,10 @@ def ask(
     label: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="One of the answers there are. Repeatable.")
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Task whose answers are wanted, whatever the words; see speechllm info."),
+    ] = None,
     format: Annotated[Format, typer.Option("--format", "-f", help="How answers are written.")] = Format.text,
     output_dir: Annotated[
         Path | None, typer.Option("--output-dir", "-o", metavar="FOLDER", help="Write a file for each one asked about.")
@@ -129,9 +133,9 @@ def ask(
         if prompt:
             prompt.check_clips()
         labels = tuple(label or ()) or (prompt.labels if prompt else ())
-        task = prompt.task if prompt and not label else None
+        task = task or (prompt.task if prompt and not label else None)
         if also and (labels or task):
-            raise InputError("--also: labels, or a prompt file's task, are for one question: ask the others alone")
+            raise InputError("--also: labels, or a task that is named, are for one question: ask the others alone")
         if beams is None:
             beams = 1 if stream or temperature > 0 else min(BEAMS, batch)
         options = Options(temperature, top_p, seed, beams, max_tokens, timeout, min_confidence, labels, task)
@@ -141,11 +145,13 @@ def ask(
         second = make_answerer(fallback, device, None, batch, quantize) if fallback else None
         from serve.answer import Failure
         from serve.printing import Printer, remark, second_tries, streamed, warn, with_progress
+        from speechllm.tasks import TASKS
 
         warn(answerer, instructions, options, examples_given)
         examples = examples_of(answerer, prompt) if prompt else []
         solved = map(parse_shot, shot or ())
-        examples += [answerer.shot(listen_shot(answerer, path), instruction, answer) for path, answer in solved]
+        named = TASKS[task] if task else None
+        examples += [answerer.shot(listen_shot(answerer, path), instruction, answer, named) for path, answer in solved]
         if stream:
             answers = streamed(answerer, files, instructions, examples, options)
         else:

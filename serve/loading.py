@@ -42,7 +42,8 @@ AdapterOption = Annotated[
 ]
 DeviceOption = Annotated[Device, typer.Option(help="Where the language model runs; auto takes a GPU if any.")]
 QuantizeOption = Annotated[
-    Quantize | None, typer.Option(help="Round the language model's weights: faster on CPUs, a little less exact.")
+    Quantize | None,
+    typer.Option(help="Round the weights: for larger language models on CPUs; a little less exact."),
 ]
 BatchOption = Annotated[
     int, typer.Option("--batch", "-b", min=1, help="Pieces of audio answered at once, times their beams.")

@@ -132,6 +132,15 @@ def test_an_instruction_that_is_no_known_wording_is_told(tiny_checkpoint: Path, 
     assert "no wording" not in ask(tiny_checkpoint, ASK, *files).stderr
 
 
+def test_a_task_that_is_named_decides_what_answers_are(tiny_checkpoint: Path, files: list[str]) -> None:
+    named = ask(
+        tiny_checkpoint, "Was ist los?", files[1], "--task", "gender", "--shot", f"{files[0]}=male", "-f", "json"
+    )
+    assert named.stderr == ""
+    answer = json.loads(named.stdout)
+    assert (answer["task"], answer["label"]) in (("gender", "male"), ("gender", "female"))
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -140,6 +149,9 @@ def test_an_instruction_that_is_no_known_wording_is_told(tiny_checkpoint: Path, 
         (["--stream", "--min-confidence", "0.5"], "leave --beams, --min-confidence, --fallback out"),
         (["--also", OTHER, "-f", "srt"], "room for one answer"),
         (["--also", OTHER, "--label", "a"], "are for one question"),
+        (["--also", OTHER, "--task", "turns"], "are for one question"),
+        (["--label", "a", "--task", "turns"], "give one of them"),
+        (["--task", "sing"], "task must be one of transcribe, "),
         (["--microphone"], "leave one of them out"),
         (["--beams", "2", "--temperature", "1"], "give one of them"),
         (["--temperature", "-1"], "temperature must be from 0 to 2"),

@@ -65,6 +65,22 @@ def test_the_server_answers_as_the_answerer_and_is_gone_afterwards(items: list[I
     assert answer.text == expected[0].text
 
 
+def test_the_task_is_named_beside_unknown_words_where_answers_hold_marks(
+    items: list[Item], tiny_checkpoint: Path
+) -> None:
+    segment = Segment("ann", 0.0, 0.4, "a dog")
+    clips = [replace(i, utterance=i.utterance.model_copy(update={"segments": [segment]})) for i in items]
+    task, words = TASKS["diarize"], TASKS["transcribe"]
+    held_out = pose(clips, task, task.held_out[0])
+    assert {question.task for question in held_out} == {"diarize"}
+    assert {q.task for q in [*pose(clips, task), *pose(clips, words, words.held_out[0])]} == {None}
+    with Server(tiny_checkpoint) as server:
+        (unnamed,) = server.ask([replace(held_out[0], task=None)], lambda number: None)
+        with pytest.raises(InputError, match="the task diarize is answered with marks of time"):  # and there are none
+            server.ask(held_out[:1], lambda number: None)
+    assert unnamed["task"] is None
+
+
 def test_answers_are_the_best_of_several_hypotheses(items: list[Item], tiny_checkpoint: Path) -> None:
     files = [str(item.root / item.utterance.audio) for item in items]
     answerer = Answerer(load_checkpoint(tiny_checkpoint))

@@ -3,8 +3,10 @@
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from speechllm.errors import InputError
 from speechllm.metrics import wer
 from speechllm.tasks import TASKS
 from train import calibrate
+from train.asking import Server
 from train.calibrate import Judged, align, judge, to_fit
 from train.calibration import (
     Judgements,
@@ -36,6 +39,7 @@ from train.calibration import (
     negative_log_likelihood,
     reliability,
 )
+from train.calibration_report import floored
 from train.questions import Question
 
 
@@ -119,6 +123,11 @@ def test_the_interval_is_over_clips() -> None:
     assert error_interval(one_clip, 1.0) == (pytest.approx(reliability(many, 1.0).error),) * 2
 
 
+def test_confidences_are_told_with_four_digits_that_count_and_never_above() -> None:
+    for confidence, told in ((1.0, 1.0), (0.98765, 0.9876), (3.45678e-9, 3.456e-9), (0.0, 0.0), (1e-320, 1e-320)):
+        assert told == floored(confidence) <= confidence
+
+
 def test_what_is_kept_is_hand_computed() -> None:
     curve = abstention(judged([0.2, 0.8, 0.8, 0.9], [3, 1, 0, 0], [4, 5, 5, 0]), 1.0)
     assert [(kept.coverage, kept.risk) for kept in curve] == [(0.25, None), (0.75, 0.1), (1.0, 4 / 14)]
@@ -157,7 +166,9 @@ def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_whole_command(tiny_checkpoint: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_whole_command(
+    tiny_checkpoint: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = torch.Generator().manual_seed(0)
     files = [str(tmp_path / "set" / f"{number}.wav") for number in range(4)]
     (tmp_path / "set").mkdir()
@@ -174,7 +185,24 @@ def test_whole_command(tiny_checkpoint: Path, checkpoint: Path, tmp_path: Path) 
     )
     before = read_settings(checkpoint)
     sets = ("--dev", tmp_path / "set", "--test", tmp_path / "set" / "manifest.jsonl")
-    printed = command(calibrate.main, "--model", checkpoint, *sets, "--out", tmp_path / "out")
+    asked: list[int] = []
+    ask = Server.ask
+
+    def stopping(server: Server, questions: Sequence[Question], advance: Any) -> Any:
+        asked.append(len(questions))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return ask(server, questions, advance)
+
+    monkeypatch.setattr(Server, "ask", stopping)
+    arguments = ["--model", checkpoint, *sets, "--out", tmp_path / "out"]
+    app = Typer()
+    app.command()(calibrate.main)
+    stopped = CliRunner().invoke(app, [*map(str, arguments)])
+    assert stopped.exit_code == 130
+    assert "finished sets are kept" in stopped.output
+    printed = command(calibrate.main, *arguments)
+    assert asked == [2, 2, 2]  # dev, test, and test again
 
     words = [
         (math.log(word.confidence), right)

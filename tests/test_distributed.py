@@ -48,7 +48,7 @@ for stage in range(1, 4):
 distributed.destroy_process_group()
 """
 # Runs the trainings of several configs one after another in the same processes, and notes the losses of each micro
-# batch and the weights they end with. "stop" ends a training after step STOP, which has been saved.
+# batch and the weights they end with. "stop" ends a training after step STOP, which has been saved. Nothing is drawn.
 OBSERVED = """
 import json
 import sys
@@ -57,7 +57,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from train import pretrain
+from train import pretrain, trainer as module
 from train.engine import whole_state
 from train.pretrain_config import Pretraining
 
@@ -81,6 +81,7 @@ def train(path, stop):
         train_step(step, batches)
 
     trainer.meter.add, trainer.train_step = noted_add, stopped_step
+    trainer.meter.plot = module.plot_report = lambda *of: None
     try:
         trainer.run()
     except Stopped:

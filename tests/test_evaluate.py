@@ -22,7 +22,7 @@ from speechllm.metrics import bootstrap_interval, interval, ratio
 from speechllm.tasks import TASKS, ParsedAnswer, Speaker, Time
 from train import evaluate
 from train.asking import Server
-from train.evaluate_report import geometric_mean, scores
+from train.evaluate_report import geometric_mean, scores, targets_table
 from train.evaluate_rows import fingerprint, held_out_results, parts_of_row, read_found, results_of
 from train.kept import Kept
 from train.questions import pose
@@ -333,6 +333,11 @@ def run(wer: float, bleu: float | None) -> Evaluation:
     return Evaluation("tiny", "0123", "", tuple(results), targets=targets)
 
 
+def test_what_is_reached_by_chance_perhaps_is_told() -> None:
+    for wer, reached in ((9, "yes"), (11.5, "yes, unsure"), (12.5, "no, unsure"), (14, "no")):
+        assert f"| ≤ 12 | {reached} | ≤ 5 | no |" in targets_table(run(wer, None))
+
+
 def test_scores_are_summed_up() -> None:
     assert scores(run(130, 25)) == {"a transcribe": 0, "a translate_de": 25}
     assert geometric_mean([0, 25]) == pytest.approx(5)  # 0 counts as 1
@@ -355,6 +360,15 @@ def test_runs_are_compared(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "pareto.png").stat().st_size > 1000
     app = Typer()
     app.command()(evaluate.main)
+    unused = CliRunner().invoke(
+        app, ["--compare", str(files[0]), "--limit", "3", "--beams", "2", "--out", str(tmp_path)]
+    )
+    assert unused.exit_code == 2
+    assert "error: --limit and --beams: --compare asks nothing" in unused.output
+    (tmp_path / "taken" / "compare.md").mkdir(parents=True)
+    taken = CliRunner().invoke(app, ["--compare", str(files[0]), "--out", str(tmp_path / "taken")])
+    assert taken.exit_code == 2
+    assert "compare.md: cannot be written (Is a directory)" in taken.output
     wrong = CliRunner().invoke(app, ["--compare", str(files[0]), "--axis", "a", "--out", str(tmp_path)])
     assert wrong.exit_code == 2
     assert "--axis: give it twice, each one of 'a transcribe'" in wrong.output

@@ -357,6 +357,11 @@ def test_whole_command(settings: dict[str, Any], tmp_path: Path) -> None:
         assert f"{row} {said[verdict['reached']]} |" in text
     for name in parts:
         assert (out / f"{name}.png").stat().st_size > 1000, name
+    told = evaluate_codec.read_config(config, evaluate_codec.CodecEvaluation)
+    for manifest in evaluate_codec.manifests(told.use.model_dump()):
+        manifest.write_text(manifest.read_text() + "\n")
+    with pytest.raises(InputError, match=r"use.json: measured with other manifests: delete it"):
+        evaluate_codec.evaluate(told, ["use"])
 
 
 @pytest.mark.parametrize(

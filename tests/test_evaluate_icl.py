@@ -432,6 +432,7 @@ def test_faults_are_one_line(run: Callable[..., tuple[int, str]], sets: Sets, tm
         ((only, "--only=language/four"), "test_de: neither in "),
         ((only, "--shots", 1), "--shots 1: give 0 too"),
         ((only, "--shots", 0, "--shots", 8), "--shots 0, 8: give 0 too, which tells what chance is, and one of 1 to 4"),
+        *[((only, "--device", "cuda"), "--device cuda: no CUDA device")] * (not torch.cuda.is_available()),
         ((only, "--out", sets.source / "digits_fsdd" / "manifest.jsonl"), "cannot be made"),
         ((only, "--shots", 0, "--shots", 4, "--shots", 60), "ask for fewer --shots"),
     ):

@@ -118,6 +118,8 @@ def test_settings_are_checked() -> None:
         ({"timestamp_granularities[]": "hour"}, "timestamp_granularities[].0"),
         ({"also": ASK, "response_format": "srt"}, "also"),
         ({"also": ASK, "labels": ["a", "b"]}, "also"),
+        ({"also": ASK, "task": "activity"}, "also"),
+        ({"task": "sing"}, "task"),
         ({"stream": "true", "response_format": "vtt"}, "stream"),
         ({"stream": "perhaps"}, "stream"),
         ({"instruction": "?" * 30_000}, "instruction"),

@@ -1,9 +1,12 @@
 """Scores against cases computed by hand."""
 
+import math
+
+import numpy as np
 import pytest
 
 from speechllm.tasks import TASKS, Parts, Speaker, Time
-from train.scoring import score
+from train.scoring import measures, score
 
 
 def scores(name: str, true: list[Parts], said: list[Parts], seconds: float = 10.0) -> dict[str, float]:
@@ -32,6 +35,16 @@ def test_labels() -> None:
     assert found["accuracy"] == 50.0
     assert found["uar"] == pytest.approx(100 * (1 / 3 + 1) / 2)
     assert found["malformed"] == 25.0
+
+
+def test_the_recall_of_some_labels_is_not_compared_with_that_of_all() -> None:
+    task = TASKS["emotion"]
+    true = [task.read((label,)) for label in ("angry", "sad", "angry", "sad", "angry")]
+    recall, accuracy, _ = measures(task, true, true, [1.0] * 5)
+    for chosen, whole in (([0, 1], True), ([0, 2, 4], False), ([3], False), ([1, 2, 3], True)):
+        group = np.isin(np.arange(5), chosen)
+        assert math.isnan(recall.value(group)) != whole
+        assert accuracy.value(group) == 100
 
 
 def test_slots() -> None:

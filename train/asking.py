@@ -90,6 +90,7 @@ class Server:
     def _about_clip(self, client: httpx.Client, question: Question) -> dict[str, Any]:
         utterance = question.item.utterance
         fields = {"instruction": question.instruction, "response_format": "json", "beams": str(self._beams)}
+        fields |= {"task": question.task} if question.task else {}
         file = {"file": (Path(utterance.audio).name, sent(question))}
         reply = self._reply(client, utterance.id, "audio/transcriptions", data=fields, files=file)
         answer: dict[str, Any] = reply["answers"][0]

@@ -2,13 +2,16 @@
 
 Confidences are probabilities to the power of 1 / temperature. The temperature is fitted on the dev sets, by the
 likelihood of what is right and wrong, and written to the checkpoint. The test sets tell how good confidences are
-without and with it.
+without and with it. The answers about finished sets are kept in ``answers.jsonl`` of the out folder: an interrupted
+calibration goes on where it was.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -19,7 +22,7 @@ import numpy as np
 import typer
 
 from speechllm.checkpoint_settings import SETTINGS, read_settings
-from speechllm.data.corpus import read_corpus
+from speechllm.data.corpus import manifest_of, read_corpus
 from speechllm.data.manifest import Split
 from speechllm.errors import InputError
 from speechllm.metrics import normalize_text
@@ -28,13 +31,16 @@ from speechllm.tasks.labels import Label
 from train.asking import Server
 from train.calibration import Judgements, fit_temperature, negative_log_likelihood
 from train.calibration_report import Report, make_row, write_report
-from train.kept import weights_fingerprint
+from train.kept import Kept, file_digest, weights_fingerprint
 from train.loop import progress_bar
+from train.output import output_folder
 from train.questions import Question, pose, spread
 from train.scoring import words
 from train.suite import set_name
 
-HALF_DIGIT = 0.5e-4  # confidences are written with four digits: 0 and 1 are within this of their true values
+KEPT = "answers.jsonl"
+LEAST = 1e-300  # of a confidence: that of nothing is 0, which has no logarithm
+HALF_DIGIT = 0.5e-4  # confidences are written with four digits that count: 1 is within this of the true value
 
 Row = tuple[float, int, int, int]  # of Judgements: log-probability, errors, total, clip
 
@@ -55,12 +61,36 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Posed:
-    """The questions of one task about one set."""
+class Answers:
+    """The judged answers to the questions of one task about one set."""
 
-    set: str
+    judged: tuple[Judged, ...]
+
+
+@dataclass(frozen=True)
+class Posed:
+    """The questions of one task about the split of one set."""
+
+    path: Path
+    split: Split
     task: Task
     questions: list[Question]
+
+    @property
+    def set(self) -> str:
+        """The name of the set."""
+        return set_name(self.path)
+
+    @property
+    def key(self) -> str:
+        """What its answers are kept under."""
+        return f"{self.split} {self.set} {self.task.name}"
+
+    def fingerprint(self, weights: str) -> str:
+        """Of all that the answers depend on. weights: fingerprint of the checkpoint."""
+        asked = [(q.item.utterance.id, q.instruction, repr(q.answer)) for q in self.questions]
+        told = json.dumps([weights, file_digest(manifest_of(self.path)), asked])
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def align(reference: str, hypothesis: Sequence[str]) -> tuple[list[bool | None], int, int]:
@@ -90,7 +120,7 @@ def judge(question: Question, task: Task, answer: dict[str, Any], temperature: f
     """An answer of the server compared with the right one. temperature: of the confidences in it."""
 
     def log_prob(confidence: float) -> float:
-        return temperature * math.log(min(max(confidence, HALF_DIGIT), 1 - HALF_DIGIT))
+        return temperature * math.log(min(max(confidence, LEAST), 1 - HALF_DIGIT))
 
     true = task.read(question.answer)
     whole = log_prob(answer["confidence"])
@@ -136,7 +166,7 @@ def questions_of(sets: Sequence[Path], split: Split, tasks: Sequence[str], limit
     found = []
     for path in sets:
         items = read_corpus([path], split)
-        found += [Posed(set_name(path), task, spread(pose(items, task), limit)) for task in able]
+        found += [Posed(path, split, task, spread(pose(items, task), limit)) for task in able]
     found = [posed for posed in found if posed.questions]
     if not found:
         names = ", ".join(task.name for task in able) or "none"
@@ -147,28 +177,40 @@ def questions_of(sets: Sequence[Path], split: Split, tasks: Sequence[str], limit
     return found
 
 
-def ask_and_judge(
-    asked: Sequence[Posed], model: Path, temperature: float, advance: Callable[[int], None]
-) -> list[list[Judged]]:
-    """The judged answers to each of ``asked``."""
-    everything = [question for posed in asked for question in posed.questions]
-    with Server(model) as server:
-        answers = iter(server.ask(everything, advance))
-    return [
-        [judge(question, posed.task, next(answers), temperature) for question in posed.questions] for posed in asked
-    ]
+def read_answers(told: dict[str, Any]) -> Answers:
+    """What JSON holds of them. Raises KeyError or TypeError where it is none."""
+    own = [one | {"words": tuple((log_prob, right) for log_prob, right in one["words"])} for one in told["judged"]]
+    return Answers(tuple(Judged(**one) for one in own))
 
 
-def calibrate(model: Path, dev: Sequence[Path], test: Sequence[Path], limit: int | None) -> Report:
-    """Ask about all sets, fit the temperature on ``dev``, measure on ``test``. Raises InputError."""
+def ask_and_judge(asked: Sequence[Posed], model: Path, out: Path) -> list[tuple[Judged, ...]]:
+    """The judged answers to each of ``asked``; those that are finished are kept in ``out``. Raises InputError."""
+    settings = read_settings(model)
+    weights, kept = weights_fingerprint(model, settings, None), Kept(out / KEPT, read_answers)
+    prints = [posed.fingerprint(weights) for posed in asked]
+    found = [kept.found(posed.key, own) for posed, own in zip(asked, prints, strict=True)]
+    judged = []
+    with progress_bar() as bar, Server(model) as server:
+        for posed, own, answers in zip(asked, prints, found, strict=True):
+            if answers is None:
+                line = bar.add_task(posed.key, total=len(posed.questions))
+                said = server.ask(posed.questions, lambda number: bar.advance(line, number))  # noqa: B023
+                pairs = zip(posed.questions, said, strict=True)
+                answers = Answers(tuple(judge(q, posed.task, a, settings.confidence_temperature) for q, a in pairs))
+                kept.keep(posed.key, own, answers)
+            judged.append(answers.judged)
+    return judged
+
+
+def calibrate(model: Path, dev: Sequence[Path], test: Sequence[Path], limit: int | None, out: Path) -> Report:
+    """Ask about all sets what is not kept in ``out`` yet, fit the temperature on ``dev``, measure on ``test``.
+
+    Raises InputError, before anything is asked where a set holds nothing to ask.
+    """
     settings = read_settings(model)
     learnt = questions_of(dev, "dev", settings.tasks, limit)
     tested = questions_of(test, "test", settings.tasks, limit)
-    with progress_bar() as bar:
-        line = bar.add_task("ask", total=sum(len(posed.questions) for posed in learnt + tested))
-        judged = ask_and_judge(
-            learnt + tested, model, settings.confidence_temperature, lambda number: bar.advance(line, number)
-        )
+    judged = ask_and_judge(learnt + tested, model, out)
     fitting = to_fit(list(chain(*judged[: len(learnt)])))
     temperature = fit_temperature(fitting)
     rows = []
@@ -206,21 +248,21 @@ def main(
     model: Annotated[Path, typer.Option(help="checkpoint folder; its confidence_temperature is set")],
     dev: Annotated[list[Path], typer.Option(help="manifest.jsonl, or its folder, to fit on; repeatable")],
     test: Annotated[list[Path], typer.Option(help="manifest.jsonl, or its folder, to measure on; repeatable")],
-    out: Annotated[Path, typer.Option(help="folder for calibration.json, calibration.md and calibration.png")],
+    out: Annotated[Path, typer.Option(help="folder for calibration.json, .md and .png, and answers.jsonl")],
     limit: Annotated[int | None, typer.Option(min=1, help="so many clips of each set, from all over it")] = None,
 ) -> None:
     """Fit the temperature of a checkpoint's confidences on dev sets; measure calibration on test sets."""
     try:
-        try:
-            out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-        except OSError as error:
-            raise InputError(f"--out {out}: cannot be made ({error.strerror}); give another folder") from error
-        report = calibrate(model, dev, test, limit)
-        typer.echo(write_report(report, out))
-        write_temperature(model, report.temperature)
+        with output_folder(out):
+            report = calibrate(model, dev, test, limit, out)
+            write_temperature(model, report.temperature)
+            typer.echo(write_report(report, out))
     except InputError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
+    except KeyboardInterrupt as stop:
+        typer.echo("stopped: finished sets are kept; run the same command to go on", err=True)
+        raise typer.Exit(130) from stop
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from decimal import ROUND_FLOOR, Context
 from pathlib import Path
 from typing import Literal
 
@@ -127,8 +127,8 @@ def markdown(report: Report) -> str:
         lines.append(f"| {' | '.join([*cells, '' if row.auroc is None else f'{row.auroc:.3f}'])} |")
     lines += [
         f"\nECE: {BINS} bins of equal width. Before: at temperature 1. AUROC is the same at any temperature. A word's "
-        "confidence is its probability, a label's that among the labels; that of an answer in words is the geometric "
-        "mean of its ids', while it counts as right only when every word is: it ranks answers.\n",
+        "confidence is its probability, a label's that among the labels; that of an answer in words is the probability "
+        "of all of it, which a long one has little of: it ranks answers.\n",
         "What is left when the least confident are withheld, and for that the least confidence (`--min-confidence` of "
         "answers):\n",
         f"| set | task | of | | {' | '.join(f'{100 * share:g} % kept' for share in SHOWN)} |",
@@ -137,14 +137,14 @@ def markdown(report: Report) -> str:
     for row in report.rows:
         points = [at_coverage(row.kept, share) for share in SHOWN]
         cells = [row.set, row.task, row.of, row.risk]
-        cells += ["" if p.risk is None else f"{100 * p.risk:.1f} ({floored(p.confidence):.4f})" for p in points]
+        cells += ["" if p.risk is None else f"{100 * p.risk:.1f} ({floored(p.confidence):.4g})" for p in points]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def floored(confidence: float) -> float:
-    """To four digits, never above: what has this confidence is to be kept."""
-    return math.floor(confidence * 1e4) / 1e4
+    """To four digits that count, never above: what has this confidence is to be kept."""
+    return float(Context(prec=4, rounding=ROUND_FLOOR).create_decimal_from_float(confidence))
 
 
 def plot(report: Report, path: Path) -> None:

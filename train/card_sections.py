@@ -15,7 +15,7 @@ from train.breakdown import bias_table, gaps
 from train.calibration_report import markdown as calibration_markdown
 from train.card_inputs import Inputs
 from train.corpus_config import SPOKEN
-from train.evaluate_report import geometric_mean, results_table, scores, shown, targets_table
+from train.evaluate_report import HELD_OUT, geometric_mean, results_table, scores, shown, targets_table
 from train.icl_report import is_learnt
 from train.icl_report import markdown as icl_markdown
 from train.results import NAMES, OURS, Evaluation, Target
@@ -106,12 +106,16 @@ def intended_use(inputs: Inputs) -> str:
         "",
     ]
     if inputs.results and (reached := judged(inputs.results)[0]):
-        lines.append(f"Good enough to be used, by the release's own measure: {labels(reached)}. See the results.\n")
+        named = "; ".join(told(inputs.results, target) for target in reached)
+        lines.append(f"Good enough to be used, by the release's own measure: {named}. See the results.\n")
     return "\n".join(lines)
 
 
-def labels(targets: Sequence[Target]) -> str:
-    return ", ".join(target.label for target in targets)
+def told(results: Evaluation, target: Target) -> str:
+    """The label of a row that reaches what it must, and whether that may be by chance."""
+    own, wanted = results.whole(target), target.at_least
+    assert own is not None and wanted is not None
+    return f"{target.label} (unsure)" if target.unsure(own, wanted) else target.label
 
 
 def out_of_scope(inputs: Inputs) -> str:
@@ -264,7 +268,7 @@ def evaluation(inputs: Inputs) -> str:
     if groups:
         parts += ["### Bias: scores by group\n", bias_table(gaps(results)), results_table(groups)]
     if held_out := [r for r in results.results if r.wording]:
-        parts += ["### Wordings that were never trained on\n", results_table(held_out, noted=True)]
+        parts += ["### Wordings that were never trained on\n", HELD_OUT, results_table(held_out, noted=True)]
     parts.append(
         f"Checkpoint {results.fingerprint}, intervals by bootstrap over clips, asked by\n\n    {results.command}\n"
     )

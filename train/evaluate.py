@@ -31,6 +31,7 @@ from train.evaluate_report import report, write_report
 from train.evaluate_rows import CASCADE, Found, Part, fingerprint, measure, parts_of_row, read_found
 from train.kept import Kept, weights_fingerprint
 from train.loop import progress_bar
+from train.output import output_folder
 from train.questions import pose
 from train.results import OURS, Evaluation, read_results
 from train.suite import Suite, make_suite, read_suite
@@ -168,22 +169,24 @@ def main(
             raise InputError("--task: a suite says which tasks are asked; leave one of them out")
         if axis and not compares:
             raise InputError("--axis: of the plot that --compare draws; leave it out")
-        try:
-            out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-        except OSError as error:
-            raise InputError(f"--out {out}: cannot be made ({error.strerror}); give another folder") from error
-        if compares:
-            typer.echo(compare([(str(path), read_results(path)) for path in paths], axis or [], out))
-            return
-        known = (read_settings(model) if adapter is None else adapter_settings(model, adapter)).tasks
-        if suite is not None:
-            chosen = read_suite(suite)
-        else:
-            known = tuple(task or [name for name in known if name in TASKS and TASKS[name].listens])
-            chosen = suite_of(paths, known, split)
-        evaluation = evaluate(model, adapter, chosen, known, split, limit, out, beams)
-        write_report(evaluation, out)
-        typer.echo(report(evaluation))
+        asking = {"--task": task, "--adapter": adapter, "--limit": limit, "--model": model != DEFAULT,
+                  "--split": split != "test", "--beams": beams > 1}  # fmt: skip
+        if compares and any(asking.values()):
+            unused = " and ".join(name for name, given in asking.items() if given)
+            raise InputError(f"{unused}: --compare asks nothing; leave it out")
+        with output_folder(out):
+            if compares:
+                typer.echo(compare([(str(path), read_results(path)) for path in paths], axis or [], out))
+                return
+            known = (read_settings(model) if adapter is None else adapter_settings(model, adapter)).tasks
+            if suite is not None:
+                chosen = read_suite(suite)
+            else:
+                known = tuple(task or [name for name in known if name in TASKS and TASKS[name].listens])
+                chosen = suite_of(paths, known, split)
+            evaluation = evaluate(model, adapter, chosen, known, split, limit, out, beams)
+            write_report(evaluation, out)
+            typer.echo(report(evaluation))
     except InputError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error

@@ -15,7 +15,7 @@ import typer
 from pydantic import Field
 
 from speechllm.codec import Codec, EncodecCodec, EncodecConfig, SpeechCodec, load_codec
-from speechllm.data.corpus import Item
+from speechllm.data.corpus import Item, manifest_of
 from speechllm.errors import InputError
 from train.codec_data import transcribable
 from train.codec_measures import CHANGES, Judge, fidelity, misheard, same_codes, speech_of, speed, use
@@ -23,6 +23,7 @@ from train.codec_probes import Clip, Heard, ProbeSettings, letters, read_trait, 
 from train.codec_report import ENCODEC, LOG_MEL, ORIGINAL, write_report
 from train.codec_selection import halves, pick, unseen_speakers
 from train.config import Settings, read_config
+from train.kept import file_digest
 from train.resumable import Advance, Store, Unit
 
 SENTENCE = 4  # words
@@ -287,13 +288,28 @@ def evaluate(config: CodecEvaluation, parts: list[str]) -> str:
     weights = judged | {f"codec {name}": codec.fingerprint(codec.n_q) for name, codec in codecs.items()}
     stores = {}
     for name in PARTS:
-        of = {"settings": getattr(config, name).model_dump(mode="json"), "seed": config.seed, **weights}
+        settings = getattr(config, name).model_dump()
+        of = {"settings": settings, "seed": config.seed, **weights}
+        if name in parts:
+            of["manifests"] = [file_digest(path) for path in manifests(settings)]
         stores[name] = Store(config.out / "parts" / f"{name}.json", of)
     for name in parts:
         stores[name].fill(name, PARTS[name](codecs, getattr(config, name), config.seed))
     if not any(stores[name].results for name in parts):
         raise InputError(f"--only {','.join(parts)}: none of the codecs has a recogniser")
     return write_report(config.out, codecs, {name: store.results for name, store in stores.items() if store.results})
+
+
+def manifests(settings: object) -> Iterator[Path]:
+    """All that are named anywhere in the settings of a part. Raises InputError for one that is not there."""
+    if isinstance(settings, Path):
+        path = manifest_of(settings)
+        if not path.exists():
+            raise InputError(f"{path}: no such file; it is one of those to be measured on")
+        yield path
+    elif isinstance(settings, dict | list):
+        for value in settings.values() if isinstance(settings, dict) else settings:
+            yield from manifests(value)
 
 
 def main(

@@ -11,9 +11,11 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from speechllm.checkpoint import load_checkpoint
@@ -21,6 +23,8 @@ from speechllm.checkpoint_settings import DEFAULT
 from speechllm.errors import InputError
 from speechllm.metrics import bootstrap_interval, mean_interval, normalize_text, wer
 from speechllm.tasks import TASKS
+from speechllm.tasks.few_shot import HOT_WORD_RECORDINGS
+from speechllm.tasks.wordings import TRANSCRIBE
 from train.icl_answers import Advance, Listener
 from train.icl_clips import GAP, HEARD, PART, SNR_DB, Sets
 from train.icl_plot import plot
@@ -29,6 +33,8 @@ from train.icl_suite import (
     CONTROLLED,
     CONTROLS,
     ROWS,
+    TRANSCRIPTS,
+    WORD_SHOTS,
     Episode,
     LabelRow,
     WordRow,
@@ -38,10 +44,18 @@ from train.icl_suite import (
     transcripts,
 )
 from train.icl_suite import SHOTS as COUNTS
-from train.kept import Kept, weights_fingerprint
+from train.kept import Kept, file_digest, weights_fingerprint
 from train.loop import progress_bar
+from train.output import output_folder
 
 KEPT = "rows.jsonl"
+
+
+class Device(str, Enum):
+    """Where the language model runs."""
+
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 @dataclass(frozen=True)
@@ -169,17 +183,12 @@ def fingerprint(row: LabelRow | WordRow, sets: Sets, weights: str, options: Opti
     """Of all that a row's results depend on. weights: fingerprint of the checkpoint."""
     told: dict[str, Any] = {"row": row.name, "checkpoint": weights, **asdict(options)}
     told["heard"] = (HEARD, PART, GAP, SNR_DB)
-    told["manifests"] = [_digest([sets.manifest(name)]) for name in (*row.sets, *row.needs)]
+    if isinstance(row, WordRow):
+        told["asked"] = (TRANSCRIBE[0], TRANSCRIPTS, WORD_SHOTS, HOT_WORD_RECORDINGS)
+    else:
+        told["asked"] = (row.wording, row.labels)
+    told["manifests"] = [file_digest(sets.manifest(name)) for name in (*row.sets, *row.needs)]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
-
-
-def _digest(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as content:
-            while block := content.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def evaluate(model: Path, sets: Sets, rows: Sequence[str], options: Options, out: Path, device: str = "cpu") -> Report:
@@ -221,7 +230,7 @@ def main(
     episodes: Annotated[int, typer.Option(min=1, help="questions of each row, at most")] = 200,
     only: Annotated[list[str] | None, typer.Option(help="only this row; repeatable")] = None,
     seed: Annotated[int, typer.Option(help="of what is drawn")] = 0,
-    device: Annotated[str, typer.Option(help="of the language model: cpu, cuda, …")] = "cpu",
+    device: Annotated[Device, typer.Option(help="of the language model")] = Device.cpu,
 ) -> None:
     """Measure how well a checkpoint follows shots, with controls. Finished rows of an earlier call are kept."""
     try:
@@ -229,14 +238,13 @@ def main(
             if name not in ROWS:
                 raise InputError(f"--only {name}: no such row; there are {', '.join(ROWS)}")
         options = Options(tuple(sorted(set(shots or COUNTS))), episodes, seed)
-        try:
-            out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-        except OSError as error:
-            raise InputError(f"--out {out}: cannot be made ({error.strerror}); give another folder") from error
+        if device is Device.cuda and not torch.cuda.is_available():
+            raise InputError("--device cuda: no CUDA device is available; use --device cpu")
         rows = [name for name in ROWS if name in (only or ROWS)]
-        report = evaluate(model, Sets(corpus, source), rows, options, out, device)
-        typer.echo(write_report(report, out))
-        plot(report, out / "results.png")
+        with output_folder(out):
+            report = evaluate(model, Sets(corpus, source), rows, options, out, device.value)
+            typer.echo(write_report(report, out))
+            plot(report, out / "results.png")
     except InputError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error

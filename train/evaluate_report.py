@@ -18,6 +18,10 @@ import matplotlib.pyplot as plt
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 
+HELD_OUT = (
+    "The server does not know these wordings either: answers are plain text, but where they are to hold times or "
+    "speakers, for which the task is named beside the words (`--task`).\n"
+)
 FLOOR = 1.0  # of a score in the geometric mean: a single 0 does not erase the others
 BAR, GAP = 0.3, 0.25  # inches, of pictures
 RIGHT = 105.0  # end of the axis
@@ -36,7 +40,7 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def write_report(evaluation: Evaluation, out: Path) -> None:
-    """Into the folder ``out``. Raises InputError where it cannot be written."""
+    """Into the folder ``out``. Raises OSError where it cannot be written."""
     write_results(out / "results.json", evaluation)
     (out / "results.md").write_text(report(evaluation), encoding="utf-8")
     if scores(evaluation):
@@ -61,7 +65,7 @@ def report(evaluation: Evaluation) -> str:
     whole = [r for r in evaluation.results if not r.group and not r.wording]
     pieces += ["## All scores\n", results_table(whole)]
     if held_out := [r for r in evaluation.results if r.wording]:
-        pieces += ["## Wordings that were never trained on\n", results_table(held_out, noted=True)]
+        pieces += ["## Wordings that were never trained on\n", HELD_OUT, results_table(held_out, noted=True)]
     if table := bias_table(gaps(evaluation)):
         pieces += ["## Groups\n", table]
     judged = {(target.set, target.task, target.metric) for target in evaluation.targets}
@@ -83,7 +87,10 @@ def targets_table(evaluation: Evaluation) -> str:
         others = [(system, evaluation.whole(target, system)) for system in systems]
         told = "; ".join(f"{system}: {shown(other)}" for system, other in others if other is not None)
         lines.append("| " + " | ".join([target.label, NAMES[target.metric], said, *bars, told]) + " |")
-    lines.append("\nIn brackets 95 % bootstrap intervals over clips. Of error rates less is better (≤).")
+    lines.append(
+        "\nIn brackets 95 % bootstrap intervals over clips. Of error rates less is better (≤). Unsure: the interval "
+        "holds both yes and no."
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -173,7 +180,8 @@ def _judged(target: Target, own: Result | None, wanted: float | None) -> tuple[s
         return "", ""
     sign = "≤" if target.metric in LOWER_IS_BETTER else "≥"
     reached = "" if own is None else "yes" if target.reached(own.value, wanted) else "no"
-    return f"{sign} {wanted:g}", reached
+    unsure = ", unsure" if own is not None and target.unsure(own, wanted) else ""
+    return f"{sign} {wanted:g}", reached + unsure
 
 
 def _how(evaluation: Evaluation) -> str:

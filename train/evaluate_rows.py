@@ -17,6 +17,7 @@ from speechllm.tasks import ParsedAnswer, Task
 from speechllm.tasks.labels import Label
 from train.baseline_system import System
 from train.breakdown import groups_of
+from train.kept import file_digest
 from train.questions import Advance, Noise, Question, noise_of, pose, spread
 from train.results import LOWER_IS_BETTER, OURS, Confusion, Result, read_confusion, read_rows
 from train.scoring import Measure, confusion, measures
@@ -202,9 +203,9 @@ def fingerprint(part: Part, suite: Suite, weights: str) -> str:
         part.row.groups if part.system == OURS else (),
         part.wordings,
         weights if part.system in (OURS, CASCADE) else "",
-        [(q.item.utterance.id, q.instruction, repr(q.answer)) for own in part.questions for q in own],
+        [(q.item.utterance.id, q.instruction, repr(q.answer), q.task) for own in part.questions for q in own],
     ]
-    told += [hashlib.sha256(manifest.read_bytes()).hexdigest() for manifest in suite.manifests(part.row)]
+    told += [file_digest(manifest) for manifest in suite.manifests(part.row)]
     if part.row.noise_db is not None:
         told.append([item.utterance.id for item in recorded_noise(suite)])
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]

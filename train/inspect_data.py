@@ -32,6 +32,7 @@ from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 from train.amounts import shown_time
 from train.loop import progress_bar
+from train.output import output_folder
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -268,13 +269,10 @@ def inspect_corpus(
         "examples": examples(items, count, codec, vocabulary, text),
     }
     if out is not None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--out {out}: cannot be made ({error.strerror}); give another folder") from error
-        (out / "inspect.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        (out / "inspect.md").write_text(as_markdown(report), encoding="utf-8")
-        plots(out, durations, lengths, by_task(items))
+        with output_folder(out):
+            (out / "inspect.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            (out / "inspect.md").write_text(as_markdown(report), encoding="utf-8")
+            plots(out, durations, lengths, by_task(items))
     return report
 
 

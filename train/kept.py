@@ -58,6 +58,15 @@ class Kept(Generic[Part]):
         new.replace(self.path)
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of what is in a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def weights_fingerprint(model: Path, settings: CheckpointSettings, adapter: str | None) -> str:
     """Of weights and settings (without the calibration: no answer depends on it), sixteen hexadecimal digits."""
     told = settings.model_dump_json(exclude={"confidence_temperature"})

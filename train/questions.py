@@ -50,12 +50,17 @@ class Noise:
 
 @dataclass(frozen=True)
 class Question:
-    """What one clip is asked, and the right answer. noise: that is heard over it."""
+    """What one clip is asked, and the right answer.
+
+    noise: that is heard over it. task: name of the task, told beside words that it is not known by; None where they are
+    to do alone.
+    """
 
     item: Item
     instruction: str
     answer: Parts
     noise: Noise | None = None
+    task: str | None = None
 
     def wav(self, rate: int) -> Tensor:
         """What is heard, float32 ``[1, samples]``, the same at each call. Raises InputError."""
@@ -66,16 +71,19 @@ class Question:
 def pose(items: Sequence[Item], task: Task, wording: str | None = None, noise: Noise | None = None) -> list[Question]:
     """One wording of the task, the first unless given, asked about each clip of a test set whose data hold the answer.
 
+    A held-out wording is known by nobody, and answered in plain text; where the answer is to hold marks, which plain
+    text cannot, the task is named beside it.
     Where the answer may be no, what is asked about is so of another of these clips; it is the same for all wordings.
     """
     pairs = [(item, item.utterance.facts()) for item in items]
     able = [(item, facts) for item, facts in pairs if task.pose(facts, Random(0))]
+    named = task.name if task.marks and wording in task.held_out else None
 
     def question(item: Item, facts: Facts) -> Question:
         rng = Random(item.utterance.id)
         asked = task.pose(facts, rng, (wording or task.wordings[0],), lambda: rng.choice(able)[1])
         assert asked is not None
-        return Question(item, *asked, noise)
+        return Question(item, *asked, noise, named)
 
     return [question(item, facts) for item, facts in able]
 

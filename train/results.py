@@ -86,6 +86,11 @@ class Target:
         """Whether a score is as good as ``wanted``."""
         return value <= wanted if self.metric in LOWER_IS_BETTER else value >= wanted
 
+    def unsure(self, own: Result, wanted: float) -> bool:
+        """Whether the interval of a score holds both: that it is reached, and that it is not."""
+        edges = [edge for edge in (own.low, own.high) if edge is not None]
+        return len({self.reached(value, wanted) for value in (own.value, *edges)}) > 1
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -116,11 +121,8 @@ def normalised(metric: str, value: float) -> float:
 
 
 def write_results(path: Path, evaluation: Evaluation) -> None:
-    """Raises InputError where the file cannot be written."""
-    try:
-        path.write_text(json.dumps(asdict(evaluation), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    """Raises OSError where the file cannot be written."""
+    path.write_text(json.dumps(asdict(evaluation), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_results(path: Path) -> Evaluation:

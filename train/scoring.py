@@ -39,7 +39,9 @@ class Measure:
     """A score of a test set as what its clips add to some sums, so that any part of it can be scored and resampled.
 
     counts: ``[clips, k]``. of: sums ``[k]`` -> the score as in results, NaN where it is undefined. applies: bool
-    ``[clips]``, whether a clip tells anything about this score; the counts of the others are 0.
+    ``[clips]``, whether a clip tells anything about this score; the counts of the others are 0. kinds: bool
+    ``[clips, kinds]``, of which kind a clip is, where the score is a mean over kinds: it is undefined where one is not
+    there, for another mean is nothing to compare with.
     """
 
     metric: str
@@ -47,10 +49,13 @@ class Measure:
     of: Score
     applies: np.ndarray
     note: str = ""
+    kinds: np.ndarray | None = None
 
     def value(self, chosen: np.ndarray | None = None) -> float:
         """The score of the clips ``chosen``, bool ``[clips]``; of all without it. NaN where it is undefined."""
         rows = self._rows(chosen)
+        if self.kinds is not None and chosen is not None and (self.kinds.any(0) & ~self.kinds[chosen].any(0)).any():
+            return float("nan")
         return self.of(rows.sum(0)) if len(rows) else float("nan")
 
     def interval(self, chosen: np.ndarray | None = None) -> tuple[float, float]:
@@ -147,8 +152,9 @@ def _label_measures(pairs: Pairs) -> list[Measure]:
     right = np.array([t.label == s.label for t, s in pairs], dtype=float)
     both = np.concatenate([here * right[:, None], here], axis=1)  # [clips, 2 * labels]
     every = np.ones(len(pairs), dtype=bool)
+    note = "mean recall of the labels that occur, of groups that have them all"
     return [
-        Measure("uar", both, _recall, every, "mean recall of the labels that occur"),
+        Measure("uar", both, _recall, every, note, here > 0),
         _shares("accuracy", ((value, 1) for value in right)),
     ]
 

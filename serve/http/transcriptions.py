@@ -54,13 +54,16 @@ class AudioForm(AskFields):
         validation_alias=AliasChoices("labels", "labels[]"),
         description="the answers there are to choose from; not OpenAI's",
     )
+    task: Text | None = Field(
+        None, description="name of the task whose answers are wanted, whatever the words; not OpenAI's"
+    )
 
     def check(self) -> None:
         """Raises ApiError 400 for what no answer could do justice to."""
         if self.prompt:
             raise ApiError(400, "prompt: this model continues no text; say what to do in `instruction`", param="prompt")
-        if self.also and self.labels:
-            raise ApiError(400, "also: labels are for one question; ask the others alone", param="also")
+        if self.also and (self.labels or self.task):
+            raise ApiError(400, "also: labels, or a task, are for one question; ask the others alone", param="also")
         if self.response_format not in ("json", "verbose_json"):
             if self.also:
                 raise ApiError(400, f"also: {self.response_format} has room for one answer; use json", param="also")
@@ -77,7 +80,7 @@ class AudioForm(AskFields):
         """Raises InputError for options at odds with one another."""
         name = "".join(c if c.isprintable() else " " for c in self.file.filename or "")[:MAX_NAME].strip()
         upload = Upload(name or "the audio given", self.file.file.read)
-        options = self.options(max_tokens=self.max_tokens, labels=tuple(self.labels))
+        options = self.options(max_tokens=self.max_tokens, labels=tuple(self.labels), task=self.task)
         return Asked(upload, [self.instruction or instruction, *self.also], options)
 
 

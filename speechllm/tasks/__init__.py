@@ -88,7 +88,7 @@ TRAITS = tuple(task for task in TASKS.values() if isinstance(task, Trait))
 
 
 def find_task(instruction: str) -> Task | None:
-    """The task that this instruction is a known wording of (trained or held out) or a phrase says it, or None.
+    """The task that this instruction is a trained wording of or a phrase says it, or None.
 
     Case, white space and final punctuation do not matter. An instruction without a task is no error: the model
     answers it in its own way, and the answer is read as plain text.

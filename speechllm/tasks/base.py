@@ -28,9 +28,9 @@ def normalize_instruction(text: str) -> str:
 class Task(ABC):
     """What every task has. The wordings of some have a gap, ``{}``, for what is asked about: a word, an emotion.
 
-    wordings: instructions for training; the first is what evaluations ask. held_out: instructions never trained on, to
-    test unseen wordings. phrases: of many wordings each, for the other half of training; see
-    :mod:`speechllm.tasks.phrases`.
+    wordings: instructions for training; the first is what evaluations ask. held_out: instructions never trained on, nor
+    known by (:meth:`match`), to test unseen wordings. phrases: of many wordings each, for the other half of training;
+    see :mod:`speechllm.tasks.phrases`.
     listens: whether the answer comes from the audio; otherwise the instruction holds all that is needed.
     marks: whether answers hold marks of times or speakers.
     """
@@ -86,7 +86,7 @@ class Task(ABC):
         Case, white space and final punctuation do not matter.
         """
         typed = bare(instruction)
-        for pattern in _patterns(self.wordings + self.held_out + self.phrases):
+        for pattern in _patterns(self.wordings + self.phrases):
             if found := pattern.fullmatch(typed):
                 argument = found[1].strip() if pattern.groups else ""
                 if self.fits(argument):

@@ -1,4 +1,6 @@
-"""Instructions of the tasks: those trained on, and held-out ones. ``{}`` is a gap for what is asked about."""
+"""Instructions of the tasks: those trained on, and held-out ones, most of them written by one who had seen none of the
+others. ``{}`` is a gap for what is asked about.
+"""
 
 TRANSCRIBE = (
     "Transcribe this audio",
@@ -34,11 +36,11 @@ TRANSCRIBE = (
 )
 
 TRANSCRIBE_HELD_OUT = (
-    "Please write out what the speaker is saying.",
-    "What can be heard in this recording, word for word?",
-    "Make a written record of the speech.",
-    "Tell me the words that are spoken.",
-    "Take this down as text.",
+    "Please type out everything that is said in this clip.",
+    "Can you turn this voice memo into plain text for me?",
+    "Word-for-word transcript, no timestamps please.",
+    "What exactly are they saying here? Write it down verbatim.",
+    "hey, jot down the spoken words for me",
 )
 
 TRANSLATE = (
@@ -75,11 +77,11 @@ TRANSLATE = (
 )
 
 TRANSLATE_HELD_OUT = (
-    "Please give the meaning of this clip in LANG.",
-    "What would this be in LANG?",
-    "Render the spoken words in LANG.",
-    "Tell me in LANG what the person says.",
-    "Make a LANG version of this recording.",
+    "Give me a written LANG translation of what is said here.",
+    "How would this recording read in LANG?",
+    "Listen to the audio and write its meaning out in LANG.",
+    "Speech to LANG text, please.",
+    "I only read LANG, so can you translate this voice message for me?",
 )
 
 TRANSCRIBE_TIMES = (
@@ -110,11 +112,11 @@ TRANSCRIBE_TIMES = (
 )
 
 TRANSCRIBE_TIMES_HELD_OUT = (
-    "Note every phrase together with the moment it is spoken.",
-    "Please give start, words and end of each utterance.",
-    "I want the text along with its timing.",
-    "When is what said in this clip?",
-    "Put time codes around the spoken phrases.",
+    "Transcribe this and mark when each utterance begins and ends.",
+    "Could I get a timestamped transcript of the recording?",
+    "Write out every sentence along with its start and end time.",
+    "Transcript with timings per utterance, please.",
+    "I'm making subtitles, so give me the text segments with their time codes.",
 )
 
 DIARIZE = (
@@ -145,11 +147,11 @@ DIARIZE = (
 )
 
 DIARIZE_HELD_OUT = (
-    "List the turns of this conversation with speaker and words.",
-    "Please attribute the words to the people who say them.",
-    "Which speaker says which words, and when?",
-    "Note down the talk, person by person.",
-    "Turn the dialogue into text with numbered speakers.",
+    "Write up this conversation with speaker labels and times for every line.",
+    "Who said what, and when did they say it?",
+    "Transcribe the meeting, attributing each timed passage to the right speaker.",
+    "Speaker-labelled transcript including timestamps.",
+    "Can you split the dialogue by person, with their words and the times?",
 )
 
 TURNS = (
@@ -180,11 +182,11 @@ TURNS = (
 )
 
 TURNS_HELD_OUT = (
-    "At what times does each of the people talk?",
-    "Please show the turns of the speakers, without their words.",
-    "From when to when is each voice heard?",
-    "Make a timeline of the speakers.",
-    "Say which speaker is active at which time.",
+    "Show me which speaker is talking at what time, leaving out the words.",
+    "Who is talking when? I don't need the text.",
+    "List the speaker turns with start and end times only.",
+    "Just the speaker timeline, no transcript.",
+    "Could you label each stretch of talk by speaker, without transcribing anything?",
 )
 
 EMOTION = (
@@ -215,11 +217,11 @@ EMOTION = (
 )
 
 EMOTION_HELD_OUT = (
-    "In what mood is this said?",
-    "Describe the feeling in the voice with one word.",
-    "Please identify how the person feels.",
-    "What feeling comes across here?",
-    "Judge the emotional state of the talker.",
+    "What mood is the person talking in?",
+    "Tell me which emotion you hear in this voice.",
+    "How does the speaker seem to be feeling?",
+    "Name the feeling expressed by the tone of voice.",
+    "Emotion of the speaker, in one word?",
 )
 
 IS_EMOTION = (
@@ -250,11 +252,11 @@ IS_EMOTION = (
 )
 
 IS_EMOTION_HELD_OUT = (
-    "Can one tell that the person speaking is {}?",
-    "Yes or no, is this said by someone {}?",
-    "Do they come across as {}?",
-    "Please decide if the talker is {}.",
-    "Would a listener find the voice {}?",
+    "Does the person in this recording sound {}?",
+    "Would you say the speaker is {}, yes or no?",
+    "Am I right that this speaker is {}?",
+    "Answer yes or no: the one talking feels {}.",
+    "Check whether whoever is speaking comes across as {}.",
 )
 
 LANGUAGE = (
@@ -285,11 +287,11 @@ LANGUAGE = (
 )
 
 LANGUAGE_HELD_OUT = (
-    "Which tongue is the person speaking?",
-    "Please determine the language that is used.",
-    "Recognise what language the talk is in.",
-    "Say which language can be heard.",
-    "The language of this audio is?",
+    "What language is this person speaking?",
+    "Identify the language used in the recording.",
+    "Any idea which language this is?",
+    "Name the spoken language, nothing else.",
+    "I don't recognize this language, can you tell me what it is?",
 )
 
 ACTIVITY = (
@@ -320,11 +322,11 @@ ACTIVITY = (
 )
 
 ACTIVITY_HELD_OUT = (
-    "At what moments does anyone talk?",
-    "Please show which parts hold speech.",
-    "From when to when is talking heard?",
-    "Spot the voice segments.",
-    "Point out where people are talking.",
+    "Mark all the intervals in which someone is talking, no matter who.",
+    "At what times is there any speech in this file?",
+    "Speech versus silence: give me just the times of the speech.",
+    "Run voice activity detection and return only the time ranges.",
+    "Where in this audio can a human voice be heard? Only times, please.",
 )
 
 INTENT = (
@@ -355,11 +357,11 @@ INTENT = (
 )
 
 INTENT_HELD_OUT = (
-    "What is this person trying to get?",
-    "Please turn the request into an intent with slots.",
-    "Interpret the spoken command.",
-    "Write the order in a structured form.",
-    "Which action does the talker ask for?",
+    "What does the user want the assistant to do? Give intent and slots.",
+    "Parse this voice command into its intent and slot values.",
+    "Work out the requested action and its parameters from the spoken order.",
+    "Intent plus slots for this command, please.",
+    "Which command is being given here, and with what arguments?",
 )
 
 GENDER = (
@@ -390,11 +392,11 @@ GENDER = (
 )
 
 GENDER_HELD_OUT = (
-    "Do we hear a female or a male voice?",
-    "Please determine the sex of the talker.",
-    "Say whether the person talking is a man or a woman.",
-    "Judge the gender from the voice.",
-    "Whose voice is it, a woman's or a man's?",
+    "Does this sound like a man or like a woman to you?",
+    "Tell me the sex of whoever is speaking.",
+    "Should I answer this caller with sir or madam, so male or female?",
+    "What gender would you guess from the voice?",
+    "Did a guy or a lady record this?",
 )
 
 ACCENT = (
@@ -425,11 +427,11 @@ ACCENT = (
 )
 
 ACCENT_HELD_OUT = (
-    "How would you call the speaker's way of pronouncing English?",
-    "Please determine the accent that is heard.",
-    "Where does the accent come from?",
-    "Judge the accent of the talker.",
-    "The speaker's accent is?",
+    "What kind of English accent does this person have?",
+    "Which variety of English do you hear, such as Scottish or Indian?",
+    "Which accent are they speaking English with?",
+    "Judging by their English pronunciation, where does the speaker come from?",
+    "Can you place this accent for me?",
 )
 
 SPEAKERS = (
@@ -460,11 +462,11 @@ SPEAKERS = (
 )
 
 SPEAKERS_HELD_OUT = (
-    "Of how many persons does this conversation consist?",
-    "Please count who is talking.",
-    "How large is the group that talks here?",
-    "The number of different voices is?",
-    "Is it one person or several, and how many?",
+    "How many different people can be heard talking?",
+    "Count the distinct voices in this recording.",
+    "How big is the group of people talking here?",
+    "What's the total number of participants in this conversation?",
+    "Is it one person talking, or two, or more? Give me the number.",
 )
 
 SPOKEN_WORD = (
@@ -495,11 +497,11 @@ SPOKEN_WORD = (
 )
 
 SPOKEN_WORD_HELD_OUT = (
-    'Is there a mention of "{}"?',
-    'Please find out if "{}" comes up.',
-    'Among the words spoken, is "{}" one?',
-    'Has the speaker uttered "{}"?',
-    'Yes or no, was the word "{}" used?',
+    'Does anybody say "{}" in this clip?',
+    'Can the word "{}" be heard anywhere in the audio?',
+    'Yes or no: is "{}" mentioned in the recording?',
+    'Check if the speaker ever uses the word "{}".',
+    'Listen for "{}" and tell me whether it comes up.',
 )
 
 TRANSLATE_TEXT = (
@@ -530,11 +532,11 @@ TRANSLATE_TEXT = (
 )
 
 TRANSLATE_TEXT_HELD_OUT = (
-    "Render in LANG the sentence: {}",
-    "Express this in LANG: {}",
-    "Make a LANG version of the text: {}",
-    "What would be the LANG for: {}",
-    "Convert these words to LANG: {}",
+    "Put this into LANG for me: {}",
+    "LANG translation wanted for the following line: {}",
+    "Please put this written sentence into LANG: {}",
+    "I need the LANG version of this line: {}",
+    "What would be a good LANG translation of this text: {}",
 )
 
 NEXT_TEXT = (
@@ -565,9 +567,9 @@ NEXT_TEXT = (
 )
 
 NEXT_TEXT_HELD_OUT = (
-    "Add what is missing at the end: {}",
-    "Please carry on from here: {}",
-    "Supply the remaining words: {}",
-    "Which words follow? {}",
-    "Extend this beginning: {}",
+    "Finish this sentence for me: {}",
+    "What words could come next: {}",
+    "Carry on writing from here: {}",
+    "Please continue the text that starts like this: {}",
+    "Here is how it begins, you complete it: {}",
 )
