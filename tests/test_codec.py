@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import filled
+from pydantic import ValidationError
 
 from speechllm.codec import Codec, EncodecCodec, EncodecConfig, SpeechCodec, SpeechCodecConfig, load_codec, save_codec
 from speechllm.errors import InputError
@@ -121,3 +122,9 @@ def test_codebooks_that_are_not_there_are_refused(codec: SpeechCodec, encodec: E
     for each in (codec, encodec):
         with pytest.raises(InputError, match=f"n_q = {n_q}: this codec has 1 to 4 codebooks"):
             each.encode(noise(1, each.sample_rate), n_q=n_q)
+
+
+@pytest.mark.parametrize("kernel", [2, 14])
+def test_a_block_has_a_frame_in_its_middle(kernel: int) -> None:
+    with pytest.raises(ValidationError, match=r"kernel\n.*(odd number|greater than or equal to 3)"):
+        SpeechCodecConfig(kernel=kernel)

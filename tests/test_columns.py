@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 from conftest import clip, command, imported, table
+from typer import Typer
+from typer.testing import CliRunner
 
 from speechllm.data.manifest import read_manifest
 from train import import_data
@@ -19,6 +21,17 @@ def test_columns_as_told(tmp_path: Path) -> None:
     (utterance,) = imported(source, tmp_path / "out", *options, "--split", "test")
     assert (utterance.text, utterance.speaker, utterance.split) == ("yes", "me", "test")
     assert utterance.labels == {"emotion": "sad", "word": "x", "text": "no"}
+
+
+def test_an_end_without_a_start_is_refused(tmp_path: Path) -> None:
+    clip(tmp_path / "a.wav")
+    source = table(tmp_path / "t.csv", "audio,len", "a.wav,0.5")
+    app = Typer()
+    app.command()(import_data.main)
+    options = ["--columns", "duration=len", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [str(source), *options])
+    assert done.exit_code == 2
+    assert "--columns duration=: tells the end of an excerpt that has a start" in done.output
 
 
 def test_columns_that_are_not_wanted(tmp_path: Path) -> None:

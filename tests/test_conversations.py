@@ -1,6 +1,7 @@
 """Conversations from single utterances: who speaks when, the mix, and the command."""
 
 import json
+from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 from random import Random
@@ -109,7 +110,7 @@ def test_who_can_talk_to_whom() -> None:
         "slt": [["flite-slt-a"], ["rhvoice-slt-a"]],  # two engines, one person
     }
     able = casts(found, 20.0)
-    assert {size: sorted(cast) for size, cast in able.items()} == {
+    assert {size: sorted(cast.people) for size, cast in able.items()} == {
         1: ["anna"],  # whoever speaks alone needs two things to say
         2: ["anna", "ben", "slt"],
         3: ["anna", "ben", "slt"],
@@ -122,6 +123,38 @@ def test_who_can_talk_to_whom() -> None:
         casts(found, 4.0)
     with pytest.raises(InputError, match="of 1 known speaker there"):
         casts(people(items([said("anna", "a"), said("anna", "b")])), 20.0)
+
+
+def test_who_has_more_to_say_is_heard_more_often_but_not_in_proportion() -> None:
+    many = [said("anna", f"sentence {n}") for n in range(100)]
+    few = [said(f"p{n}", "yes") for n in range(10)]
+    able = casts(people(items(many + few)), 20.0)
+    plans = [draw(able, 20.0, True, Random(seed)) for seed in range(600)]
+    pairs = [plan.levels.keys() for plan in plans if len(plan.levels) == 2]
+    with_anna = sum("anna" in pair for pair in pairs) / len(pairs)
+    expected = 0.5 + 0.5 * 10 / 19  # first: 10 of 20, or second, of the 19 that are then left
+    assert with_anna == pytest.approx(expected, abs=0.08)
+    assert {name for pair in pairs for name in pair} == {"anna", *(f"p{n}" for n in range(10))}
+
+
+def test_words_that_nobody_says_are_not_told(tones: Path) -> None:
+    spelt = [
+        item
+        if item.utterance.speaker != "anna"
+        else replace(
+            item, utterance=item.utterance.model_copy(update={"labels": {"text_note": "spelt letter by letter"}})
+        )
+        for item in train_items(tones)
+    ]
+    plan = draw(casts(people(spelt), 12.0), 12.0, False, Random(3))
+    segments = describe(plan, clips_of(plan))["segments"]
+    assert isinstance(segments, tuple)
+    assert {bool(segment.text) for segment in segments if segment.speaker != "anna"} == {True}
+    alone = casts(people([item for item in spelt if item.utterance.speaker in ("anna", "ben")]), 12.0)
+    plan = next(p for p in (draw(alone, 12.0, False, Random(s)) for s in range(99)) if "anna" in p.levels)
+    segments = describe(plan, clips_of(plan))["segments"]
+    assert isinstance(segments, tuple)
+    assert {segment.text for segment in segments if segment.speaker == "anna"} == {""}
 
 
 @settings(max_examples=60, deadline=None)

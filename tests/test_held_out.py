@@ -8,6 +8,7 @@ from conftest import clip, command, table
 
 from speechllm.data.held_out import hold_out
 from speechllm.data.manifest import Utterance, read_manifest
+from speechllm.errors import InputError
 from train import import_data
 
 
@@ -29,6 +30,25 @@ def test_held_out(tmp_path: Path, named: str, share: float, held: int) -> None:
         assert len(groups["train"]) == 20 - held
         dev.append(groups["dev"])
     assert dev[0] == dev[1]  # whatever the order
+
+
+def test_who_is_heard_with_others_goes_where_they_go_and_sentences_are_alike_whatever_their_points() -> None:
+    known = {"audio": "a.wav", "duration": 9.0, "split": "train", "source": "set"}
+
+    def talk(number: int, *speakers: str) -> Utterance:
+        segments = [{"speaker": name, "start": n, "end": n + 1, "text": "yes"} for n, name in enumerate(speakers)]
+        return Utterance.model_validate(known | {"id": f"talk/{number}", "segments": segments})
+
+    alone = Utterance.model_validate(known | {"id": "carl", "speaker": "carl"})
+    talks = [talk(0, "anna", "ben"), talk(1, "ben", "carl"), talk(2, "dora", "emil"), talk(3, "emil", "dora"), alone]
+    left, told = hold_out(talks, 0.4)
+    assert {u.id for u in left if u.split == "dev"} == {"talk/2", "talk/3"}
+    assert "1 of 2 speakers" in told
+    with pytest.raises(InputError, match="one speaker only"):
+        hold_out(talks[:2], 0.5)
+    said = ["Hello, world!", "hello world", "Bye.", "bye", "Hello  World."]
+    left, _ = hold_out([Utterance.model_validate(known | {"id": f"{n}", "text": t}) for n, t in enumerate(said)], 0.4)
+    assert [u.split for u in left] == ["train", "train", "dev", "dev", "train"]
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.62, 0.95])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+from conftest import table
 
 from speechllm.data.corpus import Item, read_corpus, read_utterances
 from speechllm.data.manifest import Utterance, append, load_wav, read_manifest, write_manifest
@@ -220,9 +221,35 @@ def test_read_sentences(tmp_path: Path) -> None:
         read_sentences(plain)
 
 
+def test_a_text_that_is_not_what_is_said_is_no_fact() -> None:
+    known = {"id": "a", "audio": "a.wav", "duration": 1.0, "split": "train", "source": "s", "text": "Robles"}
+    plain = Utterance.model_validate(known)
+    spelt = Utterance.model_validate(known | {"labels": {"text_note": "spelt letter by letter"}})
+    assert (plain.facts().text, spelt.facts().text, spelt.text) == ("Robles", None, "Robles")
+
+
+@pytest.mark.parametrize("key", ['"id": "b"', '"translations": {"de": "hallo"}', '"labels": {"age": "9"}'])
+def test_rows_of_the_schema_without_ids_are_not_taken_for_a_recorded_sets(tmp_path: Path, key: str) -> None:
+    first, second = '{"audio": "a.wav", "duration": 1, "split": "train"}', '{"audio": "b.wav", "duration": 1, '
+    path = table(tmp_path / "manifest.jsonl", first, f'{second}"split": "train", {key}}}')
+    with pytest.raises(InputError, match="line 2: rows like this one need ids"):
+        read_utterances(path)
+
+
+def test_blank_translations_are_none_and_ids_may_be_0(tmp_path: Path) -> None:
+    (sentence,) = read_sentences(table(tmp_path / "s.jsonl", '{"id": 0, "en": "Hi.", "de": " ", "fr": "Salut."}'))
+    assert (sentence.id, sentence.translations) == (0, {"fr": "Salut."})
+
+
+def test_a_number_without_end_is_no_json(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"manifest.jsonl, line 1: not JSON"):
+        read_utterances(table(tmp_path / "manifest.jsonl", f'{{"id": {"9" * 5000}}}'))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ('{"id": "s1", "text": " "}', "line 2: a sentence needs 'id', and 'en' or 'text'"),
         ('{"id": "s1"}', "line 2: a sentence needs 'id', and 'en' or 'text'"),
         ('{"text": "Hi."}', "line 2: a sentence needs 'id'"),
         ('{"id": "s1", "text": "Hi.", "slots": [{"type": "drink"}]}', "line 2: slots are a list of objects"),

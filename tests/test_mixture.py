@@ -180,6 +180,15 @@ def test_what_there_is_no_mark_for_is_not_asked() -> None:
     assert batch.transcripts.tolist() == [TEXT.encode("yes")]
 
 
+def test_ctc_reads_whole_transcripts_alone() -> None:
+    """Where the words of one turn are not known, those of the others are not all that is said."""
+    codes, first = [[1] * 50, [1] * 50], Segment("a", 0, 1.0, "yes")
+    told = [row(text, codes, None, segments=(first, Segment("b", 1.0, 1.5, text))) for text in ("no", "")]
+    mixture = make(dataset(*told), "turns", vocabulary=replace(PLAIN, times=51))
+    batches = [mixture.batch(draws_of(mixture, "turns", name), 1, Random(0)) for name in ("no", "")]
+    assert [batch.transcripts[0].tolist() for batch in batches] == [TEXT.encode("yes no"), []]
+
+
 def test_a_changed_task_is_noticed(rows: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the files of datasets remember of an earlier run must not stand in for it."""
     before = names(make(rows, "transcribe"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from conftest import require_engine
+from conftest import require_engine, table
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -257,6 +257,10 @@ def test_command_is_resumable(tmp_path: Path) -> None:
     code, output = command("--text", "digits", "--seed", "4", "--out", str(out), *ENGINES, "--count", "9")
     assert code == 2
     assert "a corpus made with other settings is here" in output
+    (out / "settings.json").unlink()
+    code, output = command(*arguments, "9")
+    assert code == 2
+    assert "manifest.jsonl: of a corpus that was not made by this command" in output
     assert len(read_manifest(out / "manifest.jsonl")) == 5
 
 
@@ -272,6 +276,28 @@ def test_command_reports_bad_input_without_a_traceback(tmp_path: Path, captions:
     code, output = command("--text", str(captions), "--split", "x", "--out", str(tmp_path / "o"), "--count", "1")
     assert code == 2
     assert "--split" in output
+    once = ("--count", "1", "--out")
+    noise = ("--text", "nonspeech", "--split", "dev", "--noise", str(tmp_path), *once, str(tmp_path / "o"))
+    for given, told in (
+        (noise, "dev speech has no recorded noise"),
+        (("--text", "digits", "--fragments", "0.5", *once, str(tmp_path / "o")), "no sentences to take fragments of"),
+        (("--text", "nonspeech", *ENGINES, *once, str(tmp_path / "o")), "nobody speaks in nonspeech"),
+        (("--text", "nonspeech", *once, str(captions)), "cannot be made (File exists)"),
+    ):
+        code, output = command(*given)
+        assert (code, output.count("error: ")) == (2, 1), output
+        assert told in output
+
+
+def test_other_sentences_are_another_corpus(tmp_path: Path) -> None:
+    require_engine("espeak-ng")
+    text = table(tmp_path / "own.txt", "A dog runs.", "It rains.")
+    command_line = ("--text", str(text), "--engine", "espeak", "--jobs", "1", "--out", str(tmp_path / "o"), "--count")
+    assert command(*command_line, "1")[0] == 0
+    table(text, "A cat runs.", "It rains.")
+    code, output = command(*command_line, "2")
+    assert code == 2
+    assert "a corpus made with other settings is here" in output
 
 
 def test_captions_are_spoken_in_the_language_asked_for(tmp_path: Path, captions: Path) -> None:

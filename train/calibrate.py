@@ -33,7 +33,7 @@ from train.calibration import Judgements, fit_temperature, negative_log_likeliho
 from train.calibration_report import Report, make_row, write_report
 from train.kept import Kept, file_digest, weights_fingerprint
 from train.loop import progress_bar
-from train.output import output_folder
+from train.output import output_folder, write_whole
 from train.questions import Question, pose, spread
 from train.scoring import words
 from train.suite import set_name
@@ -235,13 +235,12 @@ def calibrate(model: Path, dev: Sequence[Path], test: Sequence[Path], limit: int
 def write_temperature(model: Path, temperature: float) -> None:
     """Into the checkpoint's settings: they are whole at any time. Raises InputError."""
     settings = read_settings(model).model_copy(update={"confidence_temperature": temperature})
-    new = model / f"{SETTINGS}.new"
+    path = model / SETTINGS
     try:
-        new.write_text(settings.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        new.replace(model / SETTINGS)
+        write_whole(path, settings.model_dump_json(indent=1) + "\n")
     except OSError as error:
         fault = f"cannot be written ({error.strerror})"
-        raise InputError(f"{new}: {fault}; the temperature {temperature:.4f} is not set") from error
+        raise InputError(f"{path}: {fault}; the temperature {temperature:.4f} is not set") from error
 
 
 def main(

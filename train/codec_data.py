@@ -39,11 +39,7 @@ class CtcBatch:
 
 def transcribable(items: list[Item]) -> list[Item]:
     """The items that phonemes can be had for: a verbatim text in a language espeak-ng speaks."""
-    return [
-        i
-        for i in items
-        if i.utterance.text and i.utterance.language in VOICES and not i.utterance.labels.get("text_note")
-    ]
+    return [i for i in items if i.utterance.verbatim and i.utterance.text and i.utterance.language in VOICES]
 
 
 def repeated(items: list[Item], times: Mapping[str, int], setting: str) -> list[Item]:

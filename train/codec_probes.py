@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from speechllm.codec import Codec
-from speechllm.codec.layers import MEL_HOP, ConvStack, LogMel, relative_to_level
+from speechllm.codec.layers import MEL_HOP, ConvStack, Kernel, LogMel, relative_to_level
 from speechllm.data.corpus import Item
 from speechllm.data.sampling import LengthSampler, short_first
 from speechllm.metrics import bootstrap_interval, cer, normalize_text, wer
@@ -34,7 +34,7 @@ class ProbeSettings(Settings):
     steps: int = Field(gt=0)
     dim: int = Field(192, ge=4)
     depth: int = Field(4, ge=1)
-    kernel: int = Field(9, ge=3, description="frames seen by one block; odd")
+    kernel: Kernel = 9
     learning_rate: float = Field(2e-3, gt=0)
     warmup: int = Field(50, ge=1)
     short_first: int = Field(200, ge=0, description="steps over which clips of growing length come in")

@@ -34,7 +34,7 @@ class Plan:
     split: Split
     manifests: tuple[str, ...]
     clips: str
-    casts: Mapping[int, conversations.People]
+    casts: Mapping[int, conversations.Cast]
     seed: int
     max_seconds: float
     noise: Path | None

@@ -23,9 +23,11 @@ from speechllm.data.manifest import WRONG
 from speechllm.data.perturb import vary
 from speechllm.errors import InputError
 from train.loop import progress_bar
+from train.output import output_folder, write_whole
 from train.workers import worker_pool
 
 SHARD = 100  # utterances in a file; what an interruption can lose, and what one process does at a time
+MOST_CODES = 2**15 - 1  # of a codebook, in FEATURES
 FEATURES = Features(
     {
         "id": Value("string"),
@@ -105,6 +107,8 @@ def encode_corpus(manifest: Path, codec_folder: Path, out: Path, n_q: int, copie
     items = [item for split in ("train", "dev", "test") for item in read_corpus([manifest], split, True, texts=True)]
     codec = load_codec(codec_folder)
     codec.check_n_q(n_q)
+    if codec.card > MOST_CODES:
+        raise InputError(f"{codec_folder}: has {codec.card} codes in a codebook, and {MOST_CODES} is the most")
     shards = {n: items[start : start + SHARD] for n, start in enumerate(range(0, len(items), SHARD))}
     info = {
         "codec": codec.fingerprint(n_q),
@@ -113,26 +117,30 @@ def encode_corpus(manifest: Path, codec_folder: Path, out: Path, n_q: int, copie
         "utterances": fingerprint(items),
         "shards": len(shards),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    done = {int(path.stem) for path in out.glob("*.parquet")}
-    known = (out / INFO).read_text(encoding="utf-8") if (out / INFO).is_file() else None
-    if known != json.dumps(info) + "\n" and (known or done):
-        raise InputError(f"{out}: holds other codes: of another manifest or codec, or with other settings; remove it")
-    (out / INFO).write_text(json.dumps(info) + "\n", encoding="utf-8")
-    todo = {n: shard for n, shard in shards.items() if n not in done}
-    work = partial(encode_shard, codec_folder=codec_folder, n_q=n_q, copies=copies, out=out)
-    with progress_bar() as bar, ExitStack() as stack:
-        task = bar.add_task(f"encode {manifest}", total=len(items))
-        bar.advance(task, sum(len(shards[n]) for n in done))
-        if min(jobs, len(todo)) > 1:
-            pool = stack.enter_context(worker_pool(min(jobs, len(todo)), torch.set_num_threads, (1,)))
-            pending = [pool.apply_async(work, (n, shard)) for n, shard in todo.items()]
-            results = (result.get() for result in pending)
-        else:  # another process would be some seconds of imports
-            results = (work(n, shard) for n, shard in todo.items())
-        for number in results:
-            bar.advance(task, number)
-    return sum(map(len, todo.values()))
+    with output_folder(out):
+        done = {int(path.stem) for path in out.glob("*.parquet")}
+        known = (out / INFO).read_text(encoding="utf-8") if (out / INFO).is_file() else None
+        told = json.dumps(info) + "\n"
+        if known != told and (known or done):
+            raise InputError(
+                f"{out}: holds other codes: of another manifest or codec, or with other settings; remove it"
+            )
+        if known != told:
+            write_whole(out / INFO, told)
+        todo = {n: shard for n, shard in shards.items() if n not in done}
+        work = partial(encode_shard, codec_folder=codec_folder, n_q=n_q, copies=copies, out=out)
+        with progress_bar() as bar, ExitStack() as stack:
+            task = bar.add_task(f"encode {manifest}", total=len(items))
+            bar.advance(task, sum(len(shards[n]) for n in done))
+            if min(jobs, len(todo)) > 1:
+                pool = stack.enter_context(worker_pool(min(jobs, len(todo)), torch.set_num_threads, (1,)))
+                pending = [pool.apply_async(work, (n, shard)) for n, shard in todo.items()]
+                results = (result.get() for result in pending)
+            else:  # another process would be some seconds of imports
+                results = (work(n, shard) for n, shard in todo.items())
+            for number in results:
+                bar.advance(task, number)
+        return sum(map(len, todo.values()))
 
 
 def main(

@@ -124,7 +124,7 @@ def word_units(codecs: dict[str, Codec], settings: WordSettings, seed: int) -> I
     """Each single codebook, the first 2, 4 and 8, and log-mel."""
 
     def said(item: Item) -> str:
-        plain = item.utterance.language == "en" and not item.utterance.labels.get("text_note")
+        plain = item.utterance.language == "en" and item.utterance.verbatim
         return (letters(item.utterance.text or "") or "") if plain else ""
 
     what = "an English text of letters"

@@ -12,6 +12,7 @@ from speechllm.checkpoint import LM
 from speechllm.checkpoint_settings import CheckpointSettings
 from speechllm.data.manifest import read_records
 from speechllm.errors import InputError
+from train.output import write_whole
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -49,13 +50,11 @@ class Kept(Generic[Part]):
     def keep(self, name: str, fingerprint: str, part: Part) -> None:
         """Add a part; the file is replaced as a whole, so that an interruption leaves the old one."""
         self.parts[name] = (fingerprint, part)
-        new = self.path.with_suffix(".new")
         lines = [
             json.dumps({"part": own, "fingerprint": known, "found": asdict(found)}, ensure_ascii=False)
             for own, (known, found) in self.parts.items()
         ]
-        new.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        new.replace(self.path)
+        write_whole(self.path, "\n".join(lines) + "\n")
 
 
 def file_digest(path: Path) -> str:

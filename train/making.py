@@ -22,6 +22,7 @@ from rich.console import Console
 from speechllm.data.manifest import Split, Utterance, append, read_manifest
 from speechllm.errors import InputError
 from train.loop import progress_bar
+from train.output import output_folder, write_whole
 from train.workers import worker_pool
 
 REPORTED_FAILURES = 5
@@ -87,18 +88,22 @@ def indices_done(manifest: Path) -> set[int]:
     if not manifest.exists():
         return set()
     content = manifest.read_bytes()
-    if not content.endswith(b"\n"):
+    if content and not content.endswith(b"\n"):
         manifest.write_bytes(content[: content.rfind(b"\n") + 1])
     return {int(utterance.id.rpartition("/")[2]) for utterance in read_manifest(manifest)}
 
 
 def keep_settings(plan: Plan) -> None:
     """Write what the corpus follows from beside it; InputError when the folder holds a corpus of other settings."""
-    path = plan.out / "settings.json"
+    path, manifest = plan.out / "settings.json", plan.out / "manifest.jsonl"
     settings = json.dumps(plan.settings(), indent=1) + "\n"
-    if path.is_file() and path.read_text(encoding="utf-8") != settings:
-        raise InputError(f"{path}: a corpus made with other settings is here: give another --out, or remove it")
-    path.write_text(settings, encoding="utf-8")
+    if path.is_file():
+        if path.read_text(encoding="utf-8") != settings:
+            raise InputError(f"{path}: a corpus made with other settings is here: give another --out, or remove it")
+        return
+    if manifest.exists():
+        raise InputError(f"{manifest}: of a corpus that was not made by this command: give another --out")
+    write_whole(path, settings)
 
 
 def make_corpus(
@@ -108,29 +113,29 @@ def make_corpus(
 
     'beyond' counts those kept from before that are beyond ``count``: they stay in the manifest.
     """
-    plan.out.mkdir(parents=True, exist_ok=True)
-    keep_settings(plan)
-    manifest = plan.out / "manifest.jsonl"
-    done = indices_done(manifest)
-    missing = [index for index in range(count) if index not in done]
-    tally = Counter(kept=len(done), beyond=len(done) + len(missing) - count, made=0, failed=0)
-    if not missing:  # processes take seconds to start
+    with output_folder(plan.out):
+        keep_settings(plan)
+        manifest = plan.out / "manifest.jsonl"
+        done = indices_done(manifest)
+        missing = [index for index in range(count) if index not in done]
+        tally = Counter(kept=len(done), beyond=len(done) + len(missing) - count, made=0, failed=0)
+        if not missing:  # processes take seconds to start
+            return tally
+        with (
+            progress_bar(console) as progress,
+            worker_pool(min(jobs, len(missing)), _start_worker, (make, plan)) as pool,
+        ):
+            task = progress.add_task(plan.name, total=count, completed=count - len(missing))
+            for outcome in pool.imap(_work, missing, chunksize=4):
+                if outcome.utterance is None:
+                    tally["failed"] += 1
+                    if tally["failed"] <= REPORTED_FAILURES:
+                        console.print(f"failed: {outcome.failure}", markup=False)
+                else:
+                    append(manifest, outcome.utterance)
+                    tally["made"] += 1
+                progress.advance(task)
         return tally
-    with (
-        progress_bar(console) as progress,
-        worker_pool(min(jobs, len(missing)), _start_worker, (make, plan)) as pool,
-    ):
-        task = progress.add_task(plan.name, total=count, completed=count - len(missing))
-        for outcome in pool.imap(_work, missing, chunksize=4):
-            if outcome.utterance is None:
-                tally["failed"] += 1
-                if tally["failed"] <= REPORTED_FAILURES:
-                    console.print(f"failed: {outcome.failure}", markup=False)
-            else:
-                append(manifest, outcome.utterance)
-                tally["made"] += 1
-            progress.advance(task)
-    return tally
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The folder that a command writes to: made before the work, and what cannot be written there told in one line."""
+"""Where commands write to: a folder made before the work, faults there in one line, files whole or not there."""
 
 from __future__ import annotations
 
@@ -24,3 +24,10 @@ def output_folder(out: Path) -> Iterator[None]:
         if not named and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise InputError(f"{error.filename if named else out}: cannot be written ({error.strerror})") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file is replaced as a whole, so that an interruption leaves the old one, or none."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)

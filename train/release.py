@@ -29,6 +29,7 @@ from pydantic import Field
 
 from speechllm.errors import InputError
 from train.config import Settings, read_config
+from train.output import write_whole
 from train.stage_costs import MEASURED, Cost, Outcome, Rapl, add_cost, cost_table, estimated, of_stages, read_costs
 
 COSTS = "stages.jsonl"
@@ -126,9 +127,7 @@ class Stamps:
         """The time is part of it: what was done again invalidates all after it."""
         path = self.path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(".new")
-        new.write_text(json.dumps({"key": key, "done": done, "time": time.time()}) + "\n", encoding="utf-8")
-        new.replace(path)
+        write_whole(path, json.dumps({"key": key, "done": done, "time": time.time()}) + "\n")
 
     def is_done(self, name: str) -> bool:
         stamp = self.read(name)

@@ -10,6 +10,7 @@ from typing import Any
 
 from speechllm.errors import InputError
 from train.loop import progress_bar
+from train.output import write_whole
 
 Advance = Callable[[int], None]
 
@@ -50,9 +51,7 @@ class Store:
         """Add one result; the file is replaced as a whole, so that an interruption leaves the old one."""
         self.results[key] = result
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.path.with_suffix(".new")
-        new.write_text(json.dumps({"of": self.of, "results": self.results}, indent=1) + "\n", encoding="utf-8")
-        new.replace(self.path)
+        write_whole(self.path, json.dumps({"of": self.of, "results": self.results}, indent=1) + "\n")
 
     def fill(self, name: str, units: Iterable[Unit]) -> None:
         """Do the units whose results are missing, each with a progress bar of its own."""

@@ -5,6 +5,7 @@ corpus. Train utterances vary in voice, rate, pitch, level and noise; dev and te
 splits speak in turn, each its own sentences.
 """
 
+import hashlib
 import re
 import string
 import zlib
@@ -61,13 +62,15 @@ class Plan:
         """What the utterances depend on, as JSON holds it."""
         return {
             "text": self.text,
+            "sentences": hashlib.sha256(repr(self.sentences).encode()).hexdigest()[:16],
             "language": self.language,
             "split": self.split,
             "fragments": self.fragments,
             "seed": self.seed,
             "noise": None if self.noise is None else str(self.noise),
             "voices": [voice.name for voice in self.voices()],
-        } | ({"words": self.words} if self.words else {})  # corpora that were made before there was this setting
+            "words": self.words,
+        }
 
     def voices(self) -> list[Voice]:
         return [voice for voice in voices(self.split, self.language) if voice.engine in self.engines]
@@ -99,10 +102,17 @@ def prepare(
     """Read the sentences; no engine means all of them. With ``words`` so many of their words take their place.
 
     Raises:
-        InputError: an engine is unknown, or the file of sentences cannot be read or has none in the language.
+        InputError: an engine is unknown, the file of sentences cannot be read or has none in the language, or a setting
+            is not for such a text or split.
     """
     if unknown := set(engines) - set(get_args(Engine)):
         raise InputError(f"--engine {' '.join(sorted(unknown))}: give any of {', '.join(get_args(Engine))}")
+    if noise is not None and split != "train":
+        raise InputError(f"--noise {noise}: {split} speech has no recorded noise; leave it out")
+    if fragments and text in ("digits", "nonspeech"):
+        raise InputError(f"--fragments {fragments:g}: {text} are no sentences to take fragments of; leave it out")
+    if engines and text == "nonspeech":
+        raise InputError("--engine: nobody speaks in nonspeech; leave it out")
     sentences = tuple(read_or_make(text, language) if text == ORDERS or text not in BUILT_IN else ())
     if language != "en":
         if text in BUILT_IN:

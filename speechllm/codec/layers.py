@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from speechllm._torchaudio import import_torchaudio
@@ -16,6 +18,15 @@ LEVEL_FLOOR = 1e-3  # of the mel power, about -60 dBFS: below it a clip counts a
 LEVEL_REACH = 100  # columns on either side among which the loudest sets the level
 SILENT = (math.log(FLOOR) + 2.0) / 4.0  # what a column of zeros looks like; see scale_log
 RANGE = 11.5  # natural log of the power ratio (50 dB) that is kept below the level
+
+
+def _odd(kernel: int) -> int:
+    if kernel % 2 == 0:
+        raise ValueError(f"{kernel} frames have none in the middle: give an odd number")
+    return kernel
+
+
+Kernel = Annotated[int, Field(ge=3, description="frames seen by one block; odd"), AfterValidator(_odd)]
 
 
 class LogMel(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vector_quantize_pytorch import ResidualVQ, VectorQuantize
 
 from speechllm.codec.base import Codec, hash_tensors
-from speechllm.codec.layers import LEVEL_REACH, MEL_HOP, ConvStack, Downsample, LogMel, relative_to_level
+from speechllm.codec.layers import LEVEL_REACH, MEL_HOP, ConvStack, Downsample, Kernel, LogMel, relative_to_level
 from speechllm.errors import InputError
 
 
@@ -32,7 +32,7 @@ class SpeechCodecConfig(BaseModel):
     dim: int = Field(256, ge=8)
     depth: int = Field(7, ge=1, description="blocks before the semantic quantiser")
     recognizer_depth: int = Field(2, ge=1, description="blocks between the quantiser and the CTC output")
-    kernel: int = Field(15, ge=3, description="frames seen by one block; odd")
+    kernel: Kernel = 15
     expansion: int = Field(3, ge=1)
     code_dim: int = Field(32, ge=2, description="size of the space in which codes are looked up")
     acoustic_dim: int = Field(160, ge=8)

@@ -126,6 +126,10 @@ def find_columns(source: Source, given: dict[str, str]) -> Columns:
             f"{source.name}: no column of audio found; name it by --columns audio=NAME; there are: {there}"
         )
     if "duration" in known and ("start" not in known or "end" in known):  # else it tells where an excerpt ends
+        if "duration" in used:
+            raise InputError(
+                "--columns duration=: tells the end of an excerpt that has a start and no end; leave it out"
+            )
         taken.discard(known.pop("duration"))
     paths = {by_name.get(word) for word in NAMES["audio"]}  # other names of the same files
     left = [column for column in source.columns if column not in taken]

@@ -8,6 +8,7 @@ weak sounds at the edges stay audible, outside the times. Pauses within a clip b
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +49,17 @@ _PERSONS = {voice.name: voice.person for voice in VOICES}
 
 Voice = tuple[Item, ...]  # the clips of one speaker in one source, shortest first
 People = Mapping[str, Sequence[Voice]]  # person -> voices
+
+
+class Cast(NamedTuple):
+    """Who may take part, and how often by comparison: by the root of how many different things each has to say.
+
+    Of people drawn alike, the many of a set of single words would talk most; of sentences drawn alike, hardly anybody
+    would whose recordings are few.
+    """
+
+    people: People
+    weights: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -147,23 +160,25 @@ def _short(voice: Voice, seconds: float) -> Voice:
     return voice[: bisect_right(voice, seconds, key=lambda item: item.utterance.duration)]
 
 
-def casts(everybody: People, max_seconds: float) -> dict[int, People]:
+def casts(everybody: People, max_seconds: float) -> dict[int, Cast]:
     """Number of speakers -> who has clips short enough for a conversation of so many.
 
     Raises:
         InputError: there are not two of them.
     """
-    found: dict[int, People] = {}
+    found: dict[int, Cast] = {}
     for size in SPEAKERS:
         seconds = (max_seconds - 2 * EDGES[1]) / max(size, MIN_TURNS) - PAUSES[1] - SLACK
         sentences = MIN_TURNS if size == 1 else 1
-        able = {
-            person: [voice for voice in voices if len({sentence(item) for item in _short(voice, seconds)}) >= sentences]
-            for person, voices in everybody.items()
-        }
-        able = {person: voices for person, voices in able.items() if voices}
+        able: dict[str, list[Voice]] = {}
+        weights: dict[str, float] = {}
+        for person, voices in everybody.items():
+            said = [{sentence(item) for item in _short(voice, seconds)} for voice in voices]
+            if chosen := [n for n, texts in enumerate(said) if len(texts) >= sentences]:
+                able[person] = [voices[n] for n in chosen]
+                weights[person] = math.sqrt(len(set().union(*(said[n] for n in chosen))))
         if len(able) >= size:
-            found[size] = able
+            found[size] = Cast(able, weights)
     if 2 not in found:
         raise InputError(
             f"a conversation of up to {max_seconds:g} s needs two speakers with clips short enough for it; of "
@@ -173,14 +188,17 @@ def casts(everybody: People, max_seconds: float) -> dict[int, People]:
     return found
 
 
-def draw(casts: Mapping[int, People], max_seconds: float, varied: bool, rng: Random) -> Plan:
+def draw(casts: Mapping[int, Cast], max_seconds: float, varied: bool, rng: Random) -> Plan:
     """Draw a conversation that lasts ``max_seconds`` at most; only a ``varied`` one may have a room and noise.
 
     The first turns drawn are those of everybody who takes part, each with an equal share of the time left; others
     follow while they fit. Nobody says what has been said, unless there is nothing else to say in that time.
     """
     size = rng.choices(list(casts), [SPEAKERS[size] for size in casts])[0]
-    voices = [rng.choice(casts[size][person]) for person in rng.sample(sorted(casts[size]), size)]
+    able, weights = casts[size]
+    # so often as the weights say, each once (Efraimidis and Spirakis 2006)
+    chosen = sorted(sorted(able), key=lambda person: -(rng.random() ** (1 / weights[person])))[:size]
+    voices = [rng.choice(able[person]) for person in chosen]
     needed = voices if size >= MIN_TURNS else voices * MIN_TURNS
     edges = (rng.uniform(*EDGES), rng.uniform(*EDGES))
     left = max_seconds - sum(edges)
@@ -303,10 +321,9 @@ def describe(plan: Plan, clips: Sequence[Clip]) -> dict[str, object]:
     if plan.snr_db is not None:
         labels["snr_db"] = round(plan.snr_db, 1)
     languages = {turn.item.utterance.language for turn in plan.turns}
+    texts = [turn.item.utterance.facts().text or "" for turn in plan.turns]
     segments = tuple(
-        Segment(
-            turn.speaker, round(start / SAMPLE_RATE, 4), round(end / SAMPLE_RATE, 4), turn.item.utterance.text or ""
-        )
-        for turn, (start, end) in zip(plan.turns, placed, strict=True)
+        Segment(turn.speaker, round(start / SAMPLE_RATE, 4), round(end / SAMPLE_RATE, 4), text)
+        for turn, text, (start, end) in zip(plan.turns, texts, placed, strict=True)
     )
     return {"language": languages.pop() if len(languages) == 1 else None, "segments": segments, "labels": labels}

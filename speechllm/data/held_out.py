@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from speechllm.data.manifest import Utterance
 from speechllm.errors import InputError
+from speechllm.metrics import normalize_text
 
 Group = tuple[str, str]  # "speaker" or "sentence", and its name
 
@@ -16,11 +17,13 @@ Group = tuple[str, str]  # "speaker" or "sentence", and its name
 def hold_out(utterances: Sequence[Utterance], share: float) -> tuple[list[Utterance], str]:
     """The same utterances, about a share of them in dev, and what came of it in words.
 
-    Speakers are held out whole; sentences, where no speaker is known. Of all choices the one is taken that comes
+    Speakers are held out whole, with all whom they meet in a recording; sentences, whatever their case and punctuation,
+    where no speaker is known. Of all choices the one is taken that comes
     nearest to the share, the smaller of two; who it is depends on names and numbers alone, not on the order. Raises
     InputError when there is one speaker or sentence only.
     """
-    sizes = Counter(map(_group, utterances))
+    groups_of = _groups(utterances)
+    sizes = Counter(groups_of)
     held: set[Group] = set()
     said = []
     for kind in ("speaker", "sentence"):
@@ -29,14 +32,15 @@ def hold_out(utterances: Sequence[Utterance], share: float) -> tuple[list[Uttera
             held |= (chosen := _nearest(groups, share))
             said.append(f"{len(chosen)} of {len(groups)} {kind}s")
     if not held:
-        one_speaker = any(u.speaker for u in utterances)
+        one_speaker = any(map(_speakers, utterances))
         way_out = (
             "one speaker only: add --columns speaker= to hold out sentences" if one_speaker else "one sentence only"
         )
         raise InputError(f"--held-out: there is {way_out}")
     count = sum(sizes[group] for group in held)
     words = f"held out: {' and '.join(said)}, {count} of {len(utterances)} recordings ({count / len(utterances):.1%})"
-    return [u.model_copy(update={"split": "dev"}) if _group(u) in held else u for u in utterances], words
+    grouped = zip(utterances, groups_of, strict=True)
+    return [u.model_copy(update={"split": "dev"}) if group in held else u for u, group in grouped], words
 
 
 def _nearest(groups: dict[Group, int], share: float) -> set[Group]:
@@ -61,10 +65,28 @@ def _nearest(groups: dict[Group, int], share: float) -> set[Group]:
     return chosen
 
 
-def _group(utterance: Utterance) -> Group:
-    if utterance.speaker is not None:
-        return "speaker", utterance.speaker
-    return "sentence", " ".join((utterance.text or "").lower().split()) or utterance.id
+def _speakers(utterance: Utterance) -> set[str]:
+    return {name for name in (utterance.speaker, *(s.speaker for s in utterance.segments)) if name is not None}
+
+
+def _groups(utterances: Sequence[Utterance]) -> list[Group]:
+    """Of each utterance. People who are heard together are one group, called by the first of their names."""
+    first: dict[str, str] = {}  # name -> another of the group, itself where it is the first
+
+    def leader(name: str) -> str:
+        while first.setdefault(name, name) != name:
+            name = first[name]
+        return name
+
+    for utterance in utterances:
+        leaders = {leader(name) for name in _speakers(utterance)}
+        first |= dict.fromkeys(leaders, min(leaders, default=""))
+    found: list[Group] = []
+    for utterance in utterances:
+        names = _speakers(utterance)
+        sentence = normalize_text(utterance.text or "") or utterance.id
+        found.append(("speaker", leader(min(names))) if names else ("sentence", sentence))
+    return found
 
 
 def _shuffled(group: Group) -> str:

@@ -105,7 +105,10 @@ class Importer:
         segments = known.get("segments") or ()
         if not (isinstance(segments, list | tuple) and all(isinstance(segment, dict) for segment in segments)):
             raise InputError("segments are a list of objects with start and end")
-        audio, duration = self._audio(index, known["audio"], _span(known))
+        span = _span(known)
+        if segments and span:
+            raise InputError("segments of an excerpt (start, end) cannot be told: give the whole recording")
+        audio, duration = self._audio(index, known["audio"], span)
         try:
             utterance = Utterance(
                 id=identity,

@@ -55,9 +55,15 @@ class Utterance(BaseModel):
         """Whether it is a text alone."""
         return not self.audio
 
+    @property
+    def verbatim(self) -> bool:
+        """Whether what is said is known: a label ``text_note`` tells that the text is something else."""
+        return self.text is not None and "text_note" not in self.labels
+
     def facts(self) -> Facts:
-        """What tasks may know about it."""
-        return Facts(**{field.name: getattr(self, field.name) for field in fields(Facts)})
+        """What tasks may know about it; the text only where it is what is said."""
+        known = {field.name: getattr(self, field.name) for field in fields(Facts)}
+        return Facts(**known | {"text": self.text if self.verbatim else None})
 
     @model_validator(mode="after")
     def _something_is_there(self) -> "Utterance":
@@ -102,6 +108,8 @@ def read_records(path: str | Path) -> Iterator[tuple[int, dict]]:
             yield from read_json_lines(path, lines)
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a UTF-8 text file") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def read_json_lines(path: str | Path, lines: Iterable[str]) -> Iterable[tuple[int, dict]]:
@@ -111,8 +119,9 @@ def read_json_lines(path: str | Path, lines: Iterable[str]) -> Iterable[tuple[in
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:
+            fault = error.msg if isinstance(error, json.JSONDecodeError) else error
+            raise InputError(f"{path}, line {number}: not JSON ({fault})") from error
         if not isinstance(record, dict):
             raise InputError(f"{path}, line {number}: a JSON object is expected, not {type(record).__name__}")
         yield number, record

@@ -204,7 +204,8 @@ class Mixture:
         """What CTC reads: "" where the words are not known, not heard, or only partly."""
         if not (example.codes.numel() and turn.whole):
             return ""
-        return facts.text or " ".join(segment.text for segment in facts.segments)
+        said = [segment.text for segment in facts.segments]
+        return facts.text or (" ".join(said) if all(map(str.strip, said)) else "")
 
     def _traits(self, facts: Facts, turn: Turn, example: Example) -> list[int]:
         """Of an excerpt it is not known how many speak in it."""

@@ -57,6 +57,8 @@ def read_recorded(manifest: str | Path) -> list[Utterance]:
     utterances = []
     first_seen: dict[str, int] = {}
     for number, record in read_records(manifest):
+        if "id" in record or "translations" in record or isinstance(record.get("labels"), dict):
+            raise InputError(f"{manifest}, line {number}: rows like this one need ids, the first row of the file too")
         known = {key: record.pop(key) for key in _OWN_KEYS if key in record}
         if not known.get("audio"):
             raise InputError(f"{manifest}, line {number}: audio: names no file")
@@ -114,6 +116,8 @@ def read_sentences(path: str | Path, language: str = "en") -> list[Sentence]:
         raise InputError(f"{path}: a gzipped file that is damaged ({error}); fetch it again") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a UTF-8 text file; save it as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     if not sentences:
         raise InputError(f"{path}: holds no sentences")
     return sentences
@@ -121,13 +125,14 @@ def read_sentences(path: str | Path, language: str = "en") -> list[Sentence]:
 
 def _sentence(record: dict, where: str) -> Sentence:
     text = record.get("en") or record.get("text")
-    if not record.get("id") or not isinstance(text, str) or not text:
+    if record.get("id") in (None, "") or not isinstance(text, str) or not text.strip():
         raise InputError(f"{where}: a sentence needs 'id', and 'en' or 'text'")
     translations = {language: record[language] for language in _TRANSLATIONS if record.get(language)}
     intent = record.get("intent")
     for name, value in {**translations, "intent": "" if intent is None else intent}.items():
         if not isinstance(value, str):
             raise InputError(f"{where}: {name} is no text: {value!r}")
+    translations = {language: value for language, value in translations.items() if value.strip()}
     return Sentence(record["id"], text, translations, intent, _slots(record.get("slots") or [], where))
 
 
