@@ -57,7 +57,7 @@ def chat(server: Running, *messages: dict[str, Any], status: int = 200) -> dict[
 
 
 def test_what_needs_no_audio() -> None:
-    for instruction in (GERMAN, GO_ON, "Express this in French: hello", "in german: hello"):
+    for instruction in (GERMAN, GO_ON, "Express this in French: hello", "Render in German the sentence: hello"):
         assert on_text_alone(instruction)
     for instruction in (ASK, "Translate this audio to German", "Say something nice", "Continue:", ""):
         assert not on_text_alone(instruction)

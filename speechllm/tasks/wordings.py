@@ -33,6 +33,11 @@ TRANSCRIBE = (
     "Type out what the person says.",
     "Put the spoken words in writing.",
     "I need the text of this recording.",
+    "Please write out what the speaker is saying.",
+    "What can be heard in this recording, word for word?",
+    "Make a written record of the speech.",
+    "Tell me the words that are spoken.",
+    "Take this down as text.",
 )
 
 TRANSCRIBE_HELD_OUT = (
@@ -74,6 +79,11 @@ TRANSLATE = (
     "Convert the speech to LANG text.",
     "LANG translation",
     "I need this recording in LANG.",
+    "Please give the meaning of this clip in LANG.",
+    "What would this be in LANG?",
+    "Render the spoken words in LANG.",
+    "Tell me in LANG what the person says.",
+    "Make a LANG version of this recording.",
 )
 
 TRANSLATE_HELD_OUT = (
@@ -109,6 +119,11 @@ TRANSCRIBE_TIMES = (
     "I need a transcript with time marks.",
     "speech to text with timestamps",
     "Segment and transcribe this recording.",
+    "Note every phrase together with the moment it is spoken.",
+    "Please give start, words and end of each utterance.",
+    "I want the text along with its timing.",
+    "When is what said in this clip?",
+    "Put time codes around the spoken phrases.",
 )
 
 TRANSCRIBE_TIMES_HELD_OUT = (
@@ -144,6 +159,11 @@ DIARIZE = (
     "Split this conversation into speaker turns with text.",
     "I need to know who said what.",
     "What does each person say?",
+    "List the turns of this conversation with speaker and words.",
+    "Please attribute the words to the people who say them.",
+    "Which speaker says which words, and when?",
+    "Note down the talk, person by person.",
+    "Turn the dialogue into text with numbered speakers.",
 )
 
 DIARIZE_HELD_OUT = (
@@ -179,6 +199,11 @@ TURNS = (
     "Diarize without words.",
     "Diarize this audio, only times.",
     "I need the speaker turns.",
+    "At what times does each of the people talk?",
+    "Please show the turns of the speakers, without their words.",
+    "From when to when is each voice heard?",
+    "Make a timeline of the speakers.",
+    "Say which speaker is active at which time.",
 )
 
 TURNS_HELD_OUT = (
@@ -214,6 +239,11 @@ EMOTION = (
     "Give the emotion of this clip.",
     "Label this speech with an emotion.",
     "I want to know the emotion of the speaker.",
+    "In what mood is this said?",
+    "Describe the feeling in the voice with one word.",
+    "Please identify how the person feels.",
+    "What feeling comes across here?",
+    "Judge the emotional state of the talker.",
 )
 
 EMOTION_HELD_OUT = (
@@ -249,6 +279,11 @@ IS_EMOTION = (
     "Answer yes or no: is the speaker {}?",
     "Answer yes or no: does the voice sound {}?",
     "The speaker is {}, right?",
+    "Can one tell that the person speaking is {}?",
+    "Yes or no, is this said by someone {}?",
+    "Do they come across as {}?",
+    "Please decide if the talker is {}.",
+    "Would a listener find the voice {}?",
 )
 
 IS_EMOTION_HELD_OUT = (
@@ -284,6 +319,11 @@ LANGUAGE = (
     "Classify the language of this speech.",
     "Give the language of this clip.",
     "I want to know which language this is.",
+    "Which tongue is the person speaking?",
+    "Please determine the language that is used.",
+    "Recognise what language the talk is in.",
+    "Say which language can be heard.",
+    "The language of this audio is?",
 )
 
 LANGUAGE_HELD_OUT = (
@@ -319,6 +359,11 @@ ACTIVITY = (
     "Tell me when someone speaks.",
     "Separate speech from silence.",
     "I need the times when there is speech.",
+    "At what moments does anyone talk?",
+    "Please show which parts hold speech.",
+    "From when to when is talking heard?",
+    "Spot the voice segments.",
+    "Point out where people are talking.",
 )
 
 ACTIVITY_HELD_OUT = (
@@ -354,6 +399,11 @@ INTENT = (
     "Parse the request.",
     "Understand this request.",
     "Classify the intent of this speech, with slots.",
+    "What is this person trying to get?",
+    "Please turn the request into an intent with slots.",
+    "Interpret the spoken command.",
+    "Write the order in a structured form.",
+    "Which action does the talker ask for?",
 )
 
 INTENT_HELD_OUT = (
@@ -389,6 +439,11 @@ GENDER = (
     "Give the gender of the speaker.",
     "Recognise the gender of this speaker.",
     "I want to know the gender of the speaker.",
+    "Do we hear a female or a male voice?",
+    "Please determine the sex of the talker.",
+    "Say whether the person talking is a man or a woman.",
+    "Judge the gender from the voice.",
+    "Whose voice is it, a woman's or a man's?",
 )
 
 GENDER_HELD_OUT = (
@@ -424,6 +479,11 @@ ACCENT = (
     "Recognise the accent.",
     "Label this speech with an accent.",
     "I want to know the accent of the speaker.",
+    "How would you call the speaker's way of pronouncing English?",
+    "Please determine the accent that is heard.",
+    "Where does the accent come from?",
+    "Judge the accent of the talker.",
+    "The speaker's accent is?",
 )
 
 ACCENT_HELD_OUT = (
@@ -459,6 +519,11 @@ SPEAKERS = (
     "Say how many speakers there are.",
     "Determine the number of speakers.",
     "I want to know how many people speak.",
+    "Of how many persons does this conversation consist?",
+    "Please count who is talking.",
+    "How large is the group that talks here?",
+    "The number of different voices is?",
+    "Is it one person or several, and how many?",
 )
 
 SPEAKERS_HELD_OUT = (
@@ -494,6 +559,11 @@ SPOKEN_WORD = (
     'Answer yes or no: is "{}" said?',
     'Listen for the word "{}": is it there?',
     'Find out if the speaker says "{}".',
+    'Is there a mention of "{}"?',
+    'Please find out if "{}" comes up.',
+    'Among the words spoken, is "{}" one?',
+    'Has the speaker uttered "{}"?',
+    'Yes or no, was the word "{}" used?',
 )
 
 SPOKEN_WORD_HELD_OUT = (
@@ -529,6 +599,11 @@ TRANSLATE_TEXT = (
     "In LANG: {}",
     "Turn this text into LANG: {}",
     "I need this text in LANG: {}",
+    "Render in LANG the sentence: {}",
+    "Express this in LANG: {}",
+    "Make a LANG version of the text: {}",
+    "What would be the LANG for: {}",
+    "Convert these words to LANG: {}",
 )
 
 TRANSLATE_TEXT_HELD_OUT = (
@@ -564,6 +639,11 @@ NEXT_TEXT = (
     "Write the rest of: {}",
     "Write the end of this sentence: {}",
     "Give the rest of the sentence: {}",
+    "Add what is missing at the end: {}",
+    "Please carry on from here: {}",
+    "Supply the remaining words: {}",
+    "Which words follow? {}",
+    "Extend this beginning: {}",
 )
 
 NEXT_TEXT_HELD_OUT = (
