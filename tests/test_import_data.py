@@ -323,6 +323,11 @@ def test_bad_rows_of_a_data_set(tmp_path: Path) -> None:
         ("t.jsonl", ('{"audio": "a.wav", "slots": [1]}',), "line 1: slots"),
         ("t.jsonl", ('{"audio": "a.wav", "segments": [{"start": 3, "end": 2}]}',), "line 1: segm"),
         ("t.jsonl", ('{"audio": "a.wav", "segments": "a-b"}',), "line 1: segments are a list of objects"),
+        (
+            "t.jsonl",
+            ('{"audio": "a.wav", "start": 0.1, "segments": [{"start": 0.2, "end": 0.4, "text": "yes"}]}',),
+            "line 1: segments do not go with the start and end of an excerpt",
+        ),
         ("t.jsonl", ('{"audio": "a.wav", "text": ["a"]}',), "line 1: its text is of type list, and must be text"),
         ("t.jsonl", ('{"audio": "a.wav", "speaker": {"name": "x"}}',), "line 1: its speaker is of type dict"),
         ("t.jsonl", ('{"audio": "a.wav", "translation": "hallo"}',), "line 1: translations are an object of language"),

@@ -107,7 +107,7 @@ class Importer:
             raise InputError("segments are a list of objects with start and end")
         span = _span(known)
         if segments and span:
-            raise InputError("segments of an excerpt (start, end) cannot be told: give the whole recording")
+            raise InputError("segments do not go with the start and end of an excerpt: give the whole recording")
         audio, duration = self._audio(index, known["audio"], span)
         try:
             utterance = Utterance(
