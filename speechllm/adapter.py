@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from transformers import PreTrainedModel
 
 from speechllm.codec.base import hash_tensors
 from speechllm.errors import InputError, first_problem
+from speechllm.folders import replaced
 from speechllm.model import LOADING_ERRORS
 
 FOLDER = "adapters"  # of a checkpoint's adapters, each by its name
@@ -64,19 +64,12 @@ def save_adapter(folder: Path, lm: PreTrainedModel, weights: Mapping[str, Tensor
     """
     from peft import get_peft_model_state_dict
 
-    new, old = (folder.with_name(f"{folder.name}.{kind}") for kind in ("new", "old"))
-    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
-    new.mkdir(parents=True)
-    state = get_peft_model_state_dict(lm, dict(weights), save_embedding_layers=False)
-    save_file({PREFIX + name: value.contiguous() for name, value in state.items()}, new / WEIGHTS, {"format": "pt"})
-    lm.peft_config["default"].save_pretrained(str(new))
-    (new / SETTINGS).write_text(settings.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    (new / WEIGHTS).chmod((new / SETTINGS).stat().st_mode)  # safetensors makes files that nobody else may read
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with replaced(folder) as new:
+        state = get_peft_model_state_dict(lm, dict(weights), save_embedding_layers=False)
+        save_file({PREFIX + name: value.contiguous() for name, value in state.items()}, new / WEIGHTS, {"format": "pt"})
+        lm.peft_config["default"].save_pretrained(str(new))
+        (new / SETTINGS).write_text(settings.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        (new / WEIGHTS).chmod((new / SETTINGS).stat().st_mode)  # safetensors makes files that nobody else may read
 
 
 def adapter_names(checkpoint: Path) -> list[str]:

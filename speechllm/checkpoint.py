@@ -28,6 +28,7 @@ from speechllm.adapter import find_adapter, merge_adapter
 from speechllm.checkpoint_settings import DEFAULT, SETTINGS, CheckpointSettings, read_settings
 from speechllm.codec import Codec, copy_codec, load_codec
 from speechllm.errors import InputError
+from speechllm.folders import replaced
 from speechllm.model import LOADING_ERRORS, load_model
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
@@ -72,39 +73,32 @@ def save_checkpoint(
     :func:`speechllm.codec.load_codec` opens; its weights become part of the checkpoint. ``weights`` are the LM's, where
     it does not hold them all itself (ZeRO 3, expert parallelism).
     """
-    new, old = (folder.with_name(f"{folder.name}.{kind}") for kind in ("new", "old"))
-    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
-    new.mkdir(parents=True)
-    given = lm.state_dict() if weights is None else weights
-    tied = lm.get_expanded_tied_weights_keys(all_submodels=True)  # other names of a table: it is stored once
-    state = {key: value.detach().to("cpu", dtype) for key, value in given.items() if key not in tied}
-    lm.save_pretrained(new / LM, state_dict=state, max_shard_size=MAX_SHARD)
-    config = new / LM / "config.json"  # which has the type of the weights in memory
-    told = json.loads(config.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
-    config.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    codec_fingerprint = copy_codec(codec, new / CODEC).fingerprint(vocabulary.n_q)
-    text.save(new / text.FILE)
-    settings = CheckpointSettings(
-        name=name,
-        vocabulary=vocabulary.to_dict(),
-        fingerprint=vocabulary.fingerprint(text.model_bytes),
-        codec_fingerprint=codec_fingerprint,
-        max_audio_seconds=max_audio_seconds,
-        max_answer_tokens=max_answer_tokens,
-        tasks=tuple(tasks),
-    )
-    (new / SETTINGS).write_text(settings.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    for file in (new / LM).iterdir():  # safetensors makes files that nobody else may read
-        file.chmod((new / SETTINGS).stat().st_mode)
-    if folder.exists():
+    with replaced(folder) as new:
+        given = lm.state_dict() if weights is None else weights
+        tied = lm.get_expanded_tied_weights_keys(all_submodels=True)  # other names of a table: it is stored once
+        state = {key: value.detach().to("cpu", dtype) for key, value in given.items() if key not in tied}
+        lm.save_pretrained(new / LM, state_dict=state, max_shard_size=MAX_SHARD)
+        config = new / LM / "config.json"  # which has the type of the weights in memory
+        told = json.loads(config.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
+        config.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        codec_fingerprint = copy_codec(codec, new / CODEC).fingerprint(vocabulary.n_q)
+        text.save(new / text.FILE)
+        settings = CheckpointSettings(
+            name=name,
+            vocabulary=vocabulary.to_dict(),
+            fingerprint=vocabulary.fingerprint(text.model_bytes),
+            codec_fingerprint=codec_fingerprint,
+            max_audio_seconds=max_audio_seconds,
+            max_answer_tokens=max_answer_tokens,
+            tasks=tuple(tasks),
+        )
+        (new / SETTINGS).write_text(settings.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        for file in (new / LM).iterdir():  # safetensors makes files that nobody else may read
+            file.chmod((new / SETTINGS).stat().st_mode)
         if (folder / CARD).exists():
             shutil.copy(folder / CARD, new / CARD)
         if (folder / ADAPTERS).exists():  # refused until they are trained anew, but somebody's own
             shutil.copytree(folder / ADAPTERS, new / ADAPTERS)
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_checkpoint(

@@ -11,6 +11,7 @@ import typer
 
 from speechllm.checkpoint import load_checkpoint
 from speechllm.errors import InputError
+from speechllm.folders import replaced
 
 
 def megabytes(paths: Sequence[Path]) -> float:
@@ -35,15 +36,9 @@ def assemble(checkpoint: Path, out: Path, beside: Sequence[Path], at_most_mb: fl
         raise InputError(
             f"{told} are {size:.1f} MB together, more than --at-most-mb {at_most_mb:g}: train a smaller one"
         )
-    new, old = (out.with_name(f"{out.name}.{kind}") for kind in ("new", "old"))
     try:
-        shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
-        shutil.copytree(checkpoint, new)
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            out.rename(old)
-        new.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
+        with replaced(out) as new:
+            shutil.copytree(checkpoint, new, dirs_exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error})") from error
     return size
