@@ -81,6 +81,7 @@ def test_translations(tmp_path: Path) -> None:
     ("name", "code"),
     [
         *((name, "en") for name in ("eng", "English", "EN", "en-US")),
+        *((name, "zh") for name in ("cmn", "Mandarin", "Chinese", "zh-TW")),
         *((name, "de") for name in ("german", "deu", "ger", "de_DE")),
         ("mdw", "mdw"),
         ("x-griko", "x-griko"),

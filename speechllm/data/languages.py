@@ -56,6 +56,8 @@ _MORE_SCRIPTS: dict[str, tuple[str, ...]] = {
 def language_code(name: str) -> str:
     """ISO 639 code, of two letters where there is one: "en-US", "eng", "English" -> "en"; "x-…" is one's own name.
 
+    A language that is what another name usually means has the code of that one: "cmn", "Mandarin", "Chinese" -> "zh".
+
     Raises InputError when no language is called so.
     """
     words = name.strip()
@@ -65,14 +67,14 @@ def language_code(name: str) -> str:
     try:
         language = langcodes.get(tag)
         if language.is_valid() and language.language:
-            return language.language
+            return str(language.prefer_macrolanguage().language)
         raise LookupError(name)
     except (langcodes.LanguageTagError, LookupError):
         pass
     try:
         if len(words) < SHORTEST_NAME:
             raise LookupError(name)
-        return str(langcodes.find(words, "en").language)
+        return str(langcodes.find(words, "en").prefer_macrolanguage().language)
     except LookupError:
         raise InputError(
             f"language {name!r} is none that is known: give its ISO 639 code, such as en or mdw, or x-NAME for a "
