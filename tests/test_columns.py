@@ -95,10 +95,13 @@ def test_languages_have_one_name(tmp_path: Path, name: str, code: str) -> None:
 
 def test_what_is_not_known_is_said(tmp_path: Path) -> None:
     clip(tmp_path / "a.wav")
-    source = table(tmp_path / "t.csv", "audio,text,split,note", "a.wav,x,test,1", "a.wav,,,2", "a.wav,y,,3")
+    rows = ("a.wav,x,test,1,sad", "a.wav,,,2,unhinged", "a.wav,y,,3,Anger")
+    source = table(tmp_path / "t.csv", "audio,text,split,note,emotion", *rows)
     lines = command(import_data.main, source, "--out", tmp_path / "out").splitlines()
     assert [u.split for u in read_manifest(tmp_path / "out" / "manifest.jsonl")] == ["test", "train", "train"]
     assert "2 without a split: taken as train" in lines
     assert "3 of 3 without a language: give one by --language, for instance en" in lines
+    (moody,) = (line for line in lines if "emotion that is none of" in line)
+    assert moody.startswith("1 of 3 with an emotion that is none of angry, bored, ")
     assert "1 of 3 without a text: no task of words is trained on them (--columns text=NAME)" in lines
     assert f"{tmp_path / 'out' / 'manifest.jsonl'}: 1 test, 2 train; 1.5 s, no speakers named" in lines

@@ -1,6 +1,7 @@
 """In-context learning: shots and controls are what they are called, answers those of serving, verdicts fit numbers."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from speechllm.tasks.few_shot import LABEL, LABEL_HELD_OUT
 from train import evaluate_icl
 from train.icl_answers import Listener, Shot, batches
 from train.icl_clips import GAP, HEARD, PART, SINGLE_WORDS, SNR_DB, Clip, Sets, apart
+from train.icl_plot import plot
 from train.icl_report import Point, Report, Row, is_learnt, markdown, told, verdict
 from train.icl_suite import (
     CONTROLS,
@@ -72,7 +74,8 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
     save(corpus / "test_words", said)
     captions: list[tuple[str, str, Split]] = [(text, name, "test") for name in ("ann", "bob") for text in CAPTIONS]
     save(corpus / "test_en", captions, 0.5)
-    save(corpus / "emodb_de", captions, 2.5)
+    for name in ("emodb_de", "alnum_en"):
+        save(corpus / name, captions, 2.5)
     save(corpus / "commands_sc_en", [("Three", "cid", "train")])
     for name in ({*SINGLE_WORDS} | {*TRAIN_TEXTS}) - {"digits_fsdd", "commands_sc_en"}:
         save(corpus / name, [("two people run with others", "cid", "train")] * 30)
@@ -110,7 +113,7 @@ def test_the_fewer_shots_are_the_first_of_the_more(sets: Sets) -> None:
         assert len({*heard}) == min(len(heard), 4) > 1
 
 
-@pytest.mark.parametrize("name", ["word/digits_fsdd", "which-word/test_words", "gender/emodb_de", "noisy/test_en"])
+@pytest.mark.parametrize("name", ["word/digits_fsdd", "which-word/test_words", "gender/alnum_en", "noisy/test_en"])
 def test_shots_have_the_labels_of_their_classes(name: str, sets: Sets) -> None:
     row = label_row(name)
     classes = row.classes(sets, 0)
@@ -135,6 +138,13 @@ def test_a_shot_has_no_recording_of_the_question(name: str, sets: Sets) -> None:
             assert not any(clip.sources & episode.clip.sources for clip in some.clips[1:])
     clips = [clip for some in label_row(name).classes(sets, 0).values() for clip in some]
     assert 0 < len(apart(clips, clips[0])) < len({clip.key for clip in clips})
+
+
+def test_the_voice_asked_about_is_heard_in_no_shot_that_can_do_without(sets: Sets) -> None:
+    for episode in asked("word/digits_fsdd", sets):
+        assert {clip.speaker for clip in episode.clips[1:]} == {"ann", "bob"} - {episode.clip.speaker}
+    for episode in asked("gender/alnum_en", sets):  # one speaker of each
+        assert {clip.speaker for clip in episode.clips[1:]} == {"ann", "bob"}
 
 
 def test_names_are_held_out(sets: Sets) -> None:
@@ -216,8 +226,12 @@ def test_long_clips_are_left_out_or_refused(sets: Sets, listener: Listener) -> N
         listener.prompt("What?", clip, [Shot(clip, "dax")] * 20, 4)
 
 
+def test_a_clip_longer_than_the_checkpoint_hears_fits_nothing(listener: Listener) -> None:
+    assert listener.turn_ids(8.0, "What?", "dax") < math.inf == listener.turn_ids(8.1, "What?", "dax")
+
+
 def test_only_the_beginning_is_heard_where_it_is_enough(sets: Sets, listener: Listener) -> None:
-    (clip,) = label_row("gender/emodb_de").classes(sets, 0)["female"][:1]
+    (clip,) = label_row("gender/alnum_en").classes(sets, 0)["female"][:1]
     assert clip.seconds == HEARD
     whole = listener.codes(replace(clip, whole=True))
     frames = round(HEARD * listener.checkpoint.codec.frame_rate)
@@ -316,6 +330,16 @@ def row_of(first: float, top: float, controls: float = 50.0, part: str = "A") ->
     return Row("made/up", part, ("set",), "accuracy %", 9, 8, 2, 3, 7, tuple(points))
 
 
+def test_an_interval_that_ends_at_the_value_is_drawn(tmp_path: Path) -> None:
+    value = 100 / 3
+    points = tuple(
+        Point(condition, shots, value, 100 * (1 / 3) - 1e-14, value - 1e-14)
+        for condition, shots in (("shots", 0), ("shots", 4), *((control, 4) for control in CONTROLS))
+    )
+    plot(Report("made up", "0", 3, 0, (replace(row_of(50, 50), points=points),)), tmp_path / "a.png")
+    assert (tmp_path / "a.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("first", "top", "controls", "learnt", "expected"),
     [
@@ -401,7 +425,7 @@ def test_whole_command(run: Callable[..., tuple[int, str]], tmp_path: Path) -> N
     assert [(p["condition"], p["shots"]) for p in words["points"]] == [
         *(("shots", 0), ("shots", 1), ("shuffled labels", 1), ("other audio", 1), ("no audio", 1), ("free", 1))
     ]
-    assert (words["questions"], words["clips"], words["speakers"], words["fewest"]) == (4, 12, 2, 3)
+    assert (words["questions"], words["clips"], words["speakers"], words["fewest"]) == (4, 12, 2, 2)
     assert (rare["questions"], rare["unit"], len(rare["points"])) == (4, "recall %", 3)
     for point in words["points"] + rare["points"]:
         assert 0 <= point["low"] <= point["value"] <= point["high"] <= 100

@@ -195,12 +195,21 @@ def test_segments() -> None:
         ((Speaker(1), Time(1), "a", Speaker(2), Time(2), "b", Time(3)), 1, "no end"),
         ((Speaker(1), Time(1), Time(2)), 0, "no words"),
         (("a",), 0, "outside"),
+        ((Speaker(1),), 0, "nothing of spk1 after the mark"),
+        ((Speaker(1), Speaker(2), Time(1), "a", Time(2)), 1, "nothing of spk1"),
+        ((Speaker(1), Time(0.1), "a", Time(1), Time(1.2), "b", Time(2)), 1, "from 1.20 to 2.00 s has no speaker"),
     ],
 )
 def test_malformed_segments(parts: tuple[Part, ...], kept: int, fault: str) -> None:
     parsed = TASKS["diarize"].read(parts)
     assert len(parsed.segments) == kept
-    assert any(fault in told for told in parsed.faults)
+    assert [fault in told for told in parsed.faults] == [True]
+
+
+def test_whoever_speaks_is_not_told_where_it_is_not_asked() -> None:
+    parsed = TASKS["transcribe_times"].read((Speaker(1), Time(0.12), "hi", Time(1), Speaker(2)))
+    assert parsed.segments == (Segment(None, 0.12, 1.0, "hi"),)
+    assert parsed.faults == ("a speaker's mark", "a speaker's mark")
 
 
 def test_labels() -> None:
@@ -239,6 +248,14 @@ def test_accents_by_name_or_by_first_language() -> None:
     assert len(set(accent.labels)) == len(accent.labels) > 10  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("name", ["sadness", "sad", "Sad", " Sadness. "])
+def test_emotions_by_their_names_or_ours(name: str) -> None:
+    facts = Facts(1.0, labels={"emotion": name})
+    assert TASKS["emotion"].write(facts) == ("sad",)
+    assert TASKS["is_emotion"].write(facts, "sad") == ("sad: yes",)
+    assert TASKS["emotion"].write(Facts(1.0, labels={"emotion": "un" + name.strip()})) is None
+
+
 def test_questions_with_a_gap_are_asked_both_ways() -> None:
     facts = Facts(1.0, "Two dogs run.", "en", labels={"emotion": "anger"})
     other = Facts(1.0, "Two cats sleep, so.", "en", labels={"emotion": "fear"})
@@ -262,7 +279,7 @@ def test_questions_with_a_gap_are_asked_both_ways() -> None:
         assert seen == {(a, "yes") for a in own} | {(a, "no") for a in theirs}
         alone = task.pose(facts, Random(1), None, lambda: same)
         assert alone is not None and task.read(alone[1]).label == "yes"
-    assert set(EMOTIONS.values()) == set(TASKS["emotion"].labels)  # type: ignore[attr-defined]
+    assert set(EMOTIONS) == set(TASKS["emotion"].labels)  # type: ignore[attr-defined]
 
 
 def test_a_question_with_a_gap_does_not_tell_its_own_answer() -> None:
@@ -303,6 +320,7 @@ def test_intents() -> None:
     parsed = TASKS["intent"].read(("orderDrink(drink=mocha, size=twelve ounce)",))
     assert (parsed.label, parsed.slots, parsed.faults) == ("orderDrink", {"drink": "mocha", "size": "twelve ounce"}, ())
     assert read_intent("stop()") == ("stop", {}, ())
+    assert write_intent("stop", {"x": "()", "=": "y", "z": "w"}) == "stop(z=w)"
     intent, slots, faults = read_intent("order(size=big, drink, size=small")
     assert (intent, slots, len(faults)) == ("order", {"size": "big"}, 3)
     assert read_intent("order")[0] is None

@@ -20,7 +20,7 @@ from speechllm.codec.layers import FLOOR, scale_log
 from speechllm.data.corpus import Item
 from speechllm.data.manifest import Utterance
 from speechllm.errors import InputError
-from speechllm.tasks.labels import EMOTIONS
+from speechllm.tasks.labels import emotion_named
 from train.codec_waveform import Crops
 
 LOWEST, HIGHEST = 60.0, 400.0  # Hz, of F0
@@ -35,7 +35,7 @@ QUIET = 1e-6  # mean square (-60 dBFS), under which nothing correlates
 TRAITS: dict[str, Callable[[Utterance], str | None]] = {
     "speaker": lambda utterance: utterance.speaker,
     "gender": lambda utterance: utterance.gender,
-    "emotion": lambda utterance: EMOTIONS.get(str(utterance.labels.get("emotion"))),
+    "emotion": lambda utterance: emotion_named(utterance.labels.get("emotion")),
 }
 UNKNOWN = -100  # what cross entropy leaves out
 

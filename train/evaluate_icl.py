@@ -23,10 +23,10 @@ from speechllm.checkpoint_settings import DEFAULT
 from speechllm.errors import InputError
 from speechllm.metrics import bootstrap_interval, mean_interval, normalize_text, wer
 from speechllm.tasks import TASKS
-from speechllm.tasks.few_shot import HOT_WORD_RECORDINGS
+from speechllm.tasks.few_shot import HOT_WORD_LETTERS, HOT_WORD_RECORDINGS
 from speechllm.tasks.wordings import TRANSCRIBE
 from train.icl_answers import Advance, Listener
-from train.icl_clips import GAP, HEARD, PART, SNR_DB, Sets
+from train.icl_clips import GAP, HEARD, PAIRS, PART, SNR_DB, Sets
 from train.icl_plot import plot
 from train.icl_report import FREE, SHOTS, Point, Report, Row, read_row, write_report
 from train.icl_suite import (
@@ -140,7 +140,7 @@ def measure_words(row: WordRow, sets: Sets, listener: Listener, options: Options
         unit="recall %" if row.rare else "WER %",
         questions=len(whole),
         clips=len(heard),
-        speakers=len({clip.speaker for clip in heard.values()}),
+        speakers=len({clip.speaker for clip in heard.values()} - {None}),
         left_out=left_out,
         fewest=0,
         points=tuple(points),
@@ -182,11 +182,11 @@ def _share(condition: str, shots: int, some: Sequence[Episode], right: Sequence[
 def fingerprint(row: LabelRow | WordRow, sets: Sets, weights: str, options: Options) -> str:
     """Of all that a row's results depend on. weights: fingerprint of the checkpoint."""
     told: dict[str, Any] = {"row": row.name, "checkpoint": weights, **asdict(options)}
-    told["heard"] = (HEARD, PART, GAP, SNR_DB)
+    told["heard"] = (HEARD, PART, GAP, SNR_DB, PAIRS)
     if isinstance(row, WordRow):
-        told["asked"] = (TRANSCRIBE[0], TRANSCRIPTS, WORD_SHOTS, HOT_WORD_RECORDINGS)
+        told["asked"] = (TRANSCRIBE[0], TRANSCRIPTS, WORD_SHOTS, HOT_WORD_LETTERS, HOT_WORD_RECORDINGS)
     else:
-        told["asked"] = (row.wording, row.labels)
+        told["asked"] = (row.wording, row.labels, CONTROLLED)
     told["manifests"] = [file_digest(sets.manifest(name)) for name in (*row.sets, *row.needs)]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -58,8 +59,10 @@ class Listener:
         codes = self._codes[clip.key]
         return codes if clip.whole else codes[:, : to_samples(HEARD, codec.frame_rate)]
 
-    def turn_ids(self, seconds: float, instruction: str, answer: str) -> int:
-        """The most ids of a clip of this length with its question and answer."""
+    def turn_ids(self, seconds: float, instruction: str, answer: str) -> float:
+        """The most ids of a clip of this length with its question and answer; of one that is too long infinity."""
+        if seconds > self.checkpoint.settings.max_audio_seconds:
+            return math.inf
         frames = int(seconds * self.checkpoint.codec.frame_rate) + 2  # a last one that is not full, and rounding
         codes = (torch.arange(frames) % self.vocabulary.card).expand(self.vocabulary.n_q, -1)  # no repeats to merge
         return len(render(Example(codes, instruction, answer), self.vocabulary, self.text).ids)

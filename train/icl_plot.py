@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib
 
-from train.icl_report import CHANCE, NONE, SHOTS, Report, Row
+from train.icl_report import CHANCE, NONE, SHOTS, Point, Report, Row
 from train.icl_suite import CONTROLS, PARTS
 
 matplotlib.use("Agg")
@@ -63,7 +63,7 @@ def draw_controls(axis: Axes, rows: Sequence[Row]) -> None:
         points = [row.controlled[1] if condition == SHOTS else row.point(condition) for row in rows]
         found = [(place, p) for place, p in enumerate(points) if p]
         values = [p.value for _, p in found]
-        spread = [[p.value - p.low for _, p in found], [p.high - p.value for _, p in found]]
+        spread = _spread([p for _, p in found])
         places = [place + (number - (len(BARS) - 1) / 2) * width for place, _ in found]
         name = "true shots" if condition == SHOTS else condition
         axis.bar(places, values, width, color=color, yerr=spread, error_kw={"lw": 0.8}, label=name)
@@ -80,10 +80,16 @@ def draw_words(axis: Axes, row: Row) -> None:
     conditions = dict.fromkeys(p.condition for p in row.points if p.condition != NONE)
     for condition, color in zip(conditions, ("tab:blue", "0.55"), strict=True):
         points = without + [p for p in row.points if p.condition == condition]
-        spread = [[p.value - p.low for p in points], [p.high - p.value for p in points]]
         values = [p.value for p in points]
-        axis.errorbar([p.shots for p in points], values, spread, fmt="o-", color=color, capsize=3, label=condition)
+        axis.errorbar(
+            [p.shots for p in points], values, _spread(points), fmt="o-", color=color, capsize=3, label=condition
+        )
     axis.set_title(f"D. {row.name}", loc="left", fontsize=12)
     axis.set_xticks(sorted({p.shots for p in row.points}))
     axis.set(xlabel="shots", ylabel=row.unit, ylim=(0, None if row.unit == "WER %" else 103))
     axis.legend(fontsize=9)
+
+
+def _spread(points: Sequence[Point]) -> list[list[float]]:
+    """How far below and above the values their intervals end, ``[2, points]``; 0 where rounding says less."""
+    return [[max(0.0, p.value - p.low) for p in points], [max(0.0, p.high - p.value) for p in points]]

@@ -18,6 +18,7 @@ from speechllm.data.languages import language_code
 from speechllm.data.manifest import Split, Utterance, write_manifest
 from speechllm.data.sources import Source, read_source
 from speechllm.errors import InputError
+from speechllm.tasks.labels import EMOTIONS, emotion_named
 from train.amounts import shown_time
 from train.loop import progress_bar
 
@@ -143,6 +144,9 @@ def unknown(utterances: Sequence[Utterance]) -> Iterator[str]:
         ),
         "without a language: give one by --language, for instance en": sum(u.language is None for u in utterances),
         "with an empty text: taken as audio without speech": silent,
+        f"with an emotion that is none of {', '.join(EMOTIONS)}: no task of emotions is trained on them": sum(
+            "emotion" in u.labels and emotion_named(u.labels["emotion"]) is None for u in utterances
+        ),
     }
     for words, count in without.items():
         if count:

@@ -123,7 +123,7 @@ class Objective(nn.Module):
         return TaskLosses.of(log_probs(self.lm, hidden[scored]), target[scored], task, len(self.balance.tasks))
 
     def audio(self, hidden: Tensor, batch: TrainingBatch) -> Tensor:
-        """Next-id loss per audio id of ``hidden [B, seq - 1, hidden]``; hidden codes are no targets.
+        """Next-id loss per audio id of ``hidden [B, seq - 1, hidden]``; hidden codes are no targets, random ones are.
 
         The first is predicted from `audio_begin`, so that none is predicted from another example.
         """

@@ -13,15 +13,19 @@ from transformers import PreTrainedModel
 
 from speechllm.codec import Codec, SpeechCodec, load_codec
 from speechllm.data.encoded import read_encoded
+from speechllm.data.episodes import ROOM
 from speechllm.data.mixture import CodeNoise, Mixture
 from speechllm.data.schedule import Schedule
 from speechllm.errors import InputError
 from speechllm.model import extend_model, make_model, set_embedding_rows
+from speechllm.tasks import FEW_SHOT
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 from train.init_from import open_lm
 from train.pretrain_config import Pretraining
 from train.warm_start import start_from
+
+SLACK = 1.5  # most ids of an example with shots, as a multiple of what is planned
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +86,9 @@ def check_positions(config: Pretraining, codec: Codec, vocabulary: Vocabulary, m
             f"max_audio_seconds = {config.max_audio_seconds} and max_answer_tokens make sequences of {longest} ids; "
             f"{limit}, or shorten them"
         )
+    episode = round(ROOM * SLACK)
+    if config.tasks.keys() & FEW_SHOT.keys() and episode > most:
+        raise InputError(f"tasks: examples with shots are sequences of up to {episode} ids; {limit}, or leave them out")
 
 
 def make_mixture(config: Pretraining, start: Start) -> Mixture:
@@ -93,6 +100,7 @@ def make_mixture(config: Pretraining, start: Start) -> Mixture:
         list(config.tasks),
         config.max_audio_seconds,
         CodeNoise(config.code_noise, config.code_masking),
+        {task: [*map(str, named)] for task, named in config.task_corpora.items()},
     )
 
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import cycle, repeat
 from random import Random
 
 from torch import Tensor
 
 from speechllm.data.label_names import listed, names
+from speechllm.metrics import normalize_text
 from speechllm.tasks import Facts, FewShot, FewShotLabel, Parts
 
-MAX_SHOTS = 16
+MIN_SHOTS, MAX_SHOTS = 2, 16  # with labels: the label of a single one would be the answer
 MAX_TRANSCRIPTS = 3  # shots of transcripts, which are long
-ROOM = 1200  # ids of an episode, about: long recordings have fewer shots
+ROOM = 1200  # ids of an episode, about: long recordings have fewer shots, and longer ones than a third of it are none
 CLASSES = (2, 2, 2, 3, 4)  # how many labels an episode has, each number as likely
 AGAIN = 0.3  # share of the episodes in which one of the shots is the recording asked about, heard another time
 NAMED = 0.5  # share of the turns whose instruction is the class itself: found by reading, before it is by hearing
+TRIES = 4  # recordings looked at for each that must say something new
 EXCERPT = (0.6, 1.6)  # seconds that are heard of a longer clip, where all of it is not needed
 
 
@@ -40,6 +41,8 @@ class Turn:
 class Kin:
     """Which recordings have something in common, for one kind of episodes.
 
+    A recording of which so few fit into ``ROOM`` that there is no episode is left out.
+
     groups: group (a corpus, or "" for all) -> what they share -> rows, two or more. own: row -> its group and what it
     shares with others; a row of which nothing can be asked is not there. ids: row -> ids of its turn, about.
     """
@@ -57,7 +60,7 @@ class Kin:
         self.ids = dict(zip(rows, ids, strict=True))
         self.groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
         for row, corpus, shared in zip(rows, corpora, keys, strict=True):
-            for key in shared:
+            for key in shared if self.ids[row] * (MIN_SHOTS + 1) <= ROOM else ():
                 self.groups["" if task.across else corpus][key].append(row)
         self.own: dict[int, tuple[str, list[str]]] = {}
         for group, classes in self.groups.items():
@@ -71,51 +74,61 @@ class Kin:
 
     def shots(self, row: int) -> int:
         """How many it has before it, about; known beforehand, so that sequences of like length meet."""
-        most = MAX_SHOTS if isinstance(self.task, FewShotLabel) else MAX_TRANSCRIPTS
-        drawn = 1 + (row * 2654435761 % 2**32 * most >> 32)  # multiplicative hashing (Knuth)
-        return max(1, min(drawn, int(ROOM / self.ids[row]) - 1))
+        fewest, most = (MIN_SHOTS, MAX_SHOTS) if isinstance(self.task, FewShotLabel) else (1, MAX_TRANSCRIPTS)
+        drawn = fewest + (row * 2654435761 % 2**32 * (most - fewest + 1) >> 32)  # multiplicative hashing (Knuth)
+        group, (key, *_) = self.own[row]
+        others = 2 * len(self.groups[group][key]) - 1  # of two classes like its own, of which none is heard twice
+        return min(drawn, others, int(ROOM / self.ids[row]) - 1)
 
-    def relatives(self, row: int, keys: Iterable[str], rng: Random) -> list[tuple[str, int]]:
-        """Other recordings of the row's group that have the keys, one for each: as many as there is room for, and one
-        at least.
+    def relatives(
+        self, row: int, keys: Sequence[str], rng: Random, fits: Callable[[int], bool] = lambda other: True
+    ) -> list[tuple[str, int]]:
+        """Other recordings of the row's group that have the keys, one for each and none twice, as many as there is room
+        for. A key for which none is left has none; fits: whether one will do, asked of each ``TRIES`` times at most.
         """
+        group = self.groups[self.own[row][0]]
+        others = {}
+        for key, count in Counter(keys).items():
+            drawn = rng.sample(group[key], min(TRIES * count + 1, len(group[key])))
+            others[key] = (other for other in drawn if other != row and fits(other))
         found: list[tuple[str, int]] = []
         room = ROOM - self.ids[row]
-        for key, _ in zip(keys, range(self.shots(row)), strict=False):
-            other = self.relative(row, key, rng)
+        for key in keys:
+            other = next(others[key], None)
+            if other is None:
+                continue
             room -= self.ids[other]
-            if found and room < 0:
+            if room < 0:
                 break
             found.append((key, other))
         return found
 
-    def relative(self, row: int, key: str, rng: Random) -> int:
-        """Another recording of the row's group that has ``key``."""
-        others = self.groups[self.own[row][0]][key]
-        while (chosen := rng.choice(others)) == row:
-            pass  # there are two at least
-        return chosen
-
 
 def label_turns(
-    kin: Kin, row: int, words: Sequence[str], rng: Random, wordings: Sequence[str], named: float = 0.0
+    kin: Kin,
+    row: int,
+    words: Sequence[str],
+    rng: Random,
+    wordings: Sequence[str],
+    named: float = 0.0,
+    again: float = 0.0,
 ) -> list[Turn]:
-    """Shots of classes that take turns, in any order, and last the recording of ``row``, whose class is among them.
+    """Shots of a few classes, and last the recording of ``row``, whose class is among them.
 
-    words: that labels may be called by. named: share of the turns whose instruction is the class, which is all of them
-    where nothing is heard.
+    Each shot is of any class, whatever those before it were: neither what comes next nor what is asked is told by
+    counting. words: that labels may be called by. named: share of the turns whose instruction is the class, which is
+    all of them where nothing is heard. again: share of the episodes in which a shot is the recording of ``row`` itself.
     """
     group, (own, *_) = kin.own[row]
     rest = [key for key in kin.groups[group] if key != own]
     classes = [own, *rng.sample(rest, min(rng.choice(CLASSES) - 1, len(rest)))]
     labels = dict(zip(classes, names(len(classes), words, rng), strict=True))
     instruction = rng.choice(wordings).replace("{}", listed(rng.sample([*labels.values()], len(labels))))
-    shots = kin.relatives(row, cycle(classes), rng)
-    # each class as often, so that the most frequent label is not the answer; of too few shots none has two
-    shots = shots[: len(shots) // len(classes) * len(classes)] or shots
-    if rng.random() < AGAIN:
-        shots[0] = (own, row)
-    rng.shuffle(shots)
+    shots: list[tuple[str, int]] = []
+    while all(key != own for key, _ in shots):
+        shots = kin.relatives(row, rng.choices(classes, k=kin.shots(row)), rng)
+    if rng.random() < again:
+        shots[rng.choice([place for place, (key, _) in enumerate(shots) if key == own])] = (own, row)
     turns, told = [], set()
     for key, recording in (*shots, (own, row)):
         asked = key if not kin.task.listens or rng.random() < named else instruction
@@ -127,11 +140,21 @@ def label_turns(
 def transcript_turns(
     kin: Kin, row: int, facts: Callable[[int], Facts], rng: Random, wordings: Sequence[str]
 ) -> list[Turn]:
-    """Related recordings and their transcripts, and last those of ``row``."""
+    """Related recordings and their transcripts, no two of which are the same, and last those of ``row``.
+
+    There may be no shots, where all that is related says the same.
+    """
     key, instruction = rng.choice(kin.own[row][1]), rng.choice(wordings)
-    shots = dict.fromkeys(other for _, other in kin.relatives(row, repeat(key), rng))
+    said = {normalize_text(facts(row).text or "")}
+
+    def says_more(other: int) -> bool:
+        known = len(said)
+        said.add(normalize_text(facts(other).text or ""))
+        return len(said) > known
+
+    shots = kin.relatives(row, [key] * kin.shots(row), rng, says_more)
     turns = []
-    for recording in (*shots, row):
+    for recording in (*(other for _, other in shots), row):
         answer = kin.task.write(facts(recording))
         assert answer is not None
         turns.append(Turn(recording, instruction, answer))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from random import Random
 from time import perf_counter
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from speechllm.data.code_noise import CodeNoise
 from speechllm.data.encoded import row_codes, row_facts
-from speechllm.data.episodes import EXCERPT, NAMED, Turn, excerpt, label_turns, transcript_turns
+from speechllm.data.episodes import AGAIN, EXCERPT, NAMED, Turn, excerpt, label_turns, transcript_turns
 from speechllm.data.pools import find_pools
 from speechllm.prompt import Batch, Example, Rendered, collate, render, render_further
 from speechllm.tasks import TRAINABLE, TRAITS, Facts, FewShot, FewShotLabel, Parts, Task
@@ -81,13 +81,16 @@ class Mixture:
         tasks: Sequence[str],
         max_seconds: float = float("inf"),
         noise: CodeNoise | None = None,
+        task_corpora: Mapping[str, Collection[str]] | None = None,
     ):
-        """Recordings of more than ``max_seconds`` are left out."""
+        """Recordings of more than ``max_seconds`` are left out. task_corpora: task -> the corpora that teach it, for
+        tasks that not all are to teach.
+        """
         self.vocabulary, self.text, self.noise = vocabulary, text, noise
         self.rows = concatenate_datasets(list(corpora.values()))
         self._facts = self.rows.select_columns("facts")
         sizes = {name: len(rows) for name, rows in corpora.items()}
-        self.pools, self._kin = find_pools(self.rows, sizes, tasks, vocabulary, max_seconds)
+        self.pools, self._kin = find_pools(self.rows, sizes, tasks, vocabulary, max_seconds, task_corpora or {})
         self._names, self._ends = list(corpora), np.cumsum([*sizes.values()])
         words = self._kin.get("few_shot_word")
         self._words = sorted({word for classes in words.groups.values() for word in classes}) if words else []
@@ -109,12 +112,13 @@ class Mixture:
     def turns(self, draw: Draw, rng: Random, wordings: tuple[str, ...] | None = None) -> list[Turn]:
         """Shots, where the task has them, and last the utterance drawn.
 
-        wordings: to draw instructions from; the trained ones unless given.
+        wordings: to draw instructions from; the trained ones unless given. Where they are, nothing is made easier: no
+        shot is what is asked about, no instruction names the class.
         """
         task = TRAINABLE[draw.task]
         if isinstance(task, FewShotLabel):
-            asked, named = (task.wordings, NAMED) if wordings is None else (wordings, 0.0)
-            return label_turns(self._kin[task.name], draw.row, self._words, rng, asked, named)
+            eased = (NAMED, AGAIN) if wordings is None else ()
+            return label_turns(self._kin[task.name], draw.row, self._words, rng, wordings or task.wordings, *eased)
         if isinstance(task, FewShot):
             return transcript_turns(self._kin[task.name], draw.row, self.facts, rng, wordings or task.wordings)
         return [Turn(draw.row, *self._posed(task, draw.row, rng, wordings))]

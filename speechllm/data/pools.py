@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -40,12 +40,17 @@ Pools = Mapping[str, Mapping[str, Pool]]  # task -> corpus -> recordings
 
 
 def find_pools(
-    rows: Dataset, sizes: Mapping[str, int], tasks: Sequence[str], vocabulary: Vocabulary, max_seconds: float
+    rows: Dataset,
+    sizes: Mapping[str, int],
+    tasks: Sequence[str],
+    vocabulary: Vocabulary,
+    max_seconds: float,
+    task_corpora: Mapping[str, Collection[str]],
 ) -> tuple[Pools, dict[str, Kin]]:
     """Pools, and for tasks with shots which recordings have something in common.
 
     sizes: corpus -> how many of the ``rows`` are its own, in their order. Recordings of more than ``max_seconds`` are
-    left out.
+    left out. task_corpora: task -> the corpora whose recordings teach it, and are its shots; all unless given.
     """
     told = rows.map(
         describe,
@@ -73,11 +78,14 @@ def find_pools(
     kin: dict[str, Kin] = {}
     for place, name in enumerate(tasks):
         task, here = TRAINABLE[name], np.flatnonzero(able["tasks"] == place)
+        corpus_of = corpora[np.searchsorted(ends, row_of[here], "right")]
+        if name in task_corpora:
+            own_corpora = np.isin(corpus_of, list(task_corpora[name]))
+            here, corpus_of = here[own_corpora], corpus_of[own_corpora]
         rows_here, lengths, further = row_of[here], able["lengths"][here], able["further"][here]
         if isinstance(task, FewShot):
-            corpus_of = corpora[np.searchsorted(ends, rows_here, "right")].tolist()
             keys_of = columns["keys"].flatten().take(here).to_pylist()
-            own = kin[name] = Kin(task, rows_here.tolist(), corpus_of, keys_of, lengths.tolist())
+            own = kin[name] = Kin(task, rows_here.tolist(), corpus_of.tolist(), keys_of, lengths.tolist())
             asked = np.array([row in own.own for row in rows_here.tolist()], dtype=bool)
             rows_here, lengths, further = rows_here[asked], lengths[asked], further[asked]
             lengths = lengths * np.array([1 + own.shots(row) for row in rows_here.tolist()], dtype=np.int64)
@@ -132,16 +140,15 @@ def size(instruction: str, answer: Parts) -> float:
 
 
 def writable(answer: Parts, vocabulary: Vocabulary) -> bool:
-    """Whether there is a mark for each time and speaker of an answer."""
+    """Whether there is a mark for each time and speaker of an answer, and no segment ends by the mark it begins by."""
     try:
+        times = [vocabulary.time(part.seconds) for part in answer if isinstance(part, Time)]
         for part in answer:
-            if isinstance(part, Time):
-                vocabulary.time(part.seconds)
-            elif isinstance(part, Speaker):
+            if isinstance(part, Speaker):
                 vocabulary.speaker(part.number)
     except InputError:
         return False
-    return True
+    return all(start < end for start, end in zip(times[::2], times[1::2], strict=True))
 
 
 @cache

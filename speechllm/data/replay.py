@@ -14,12 +14,14 @@ from speechllm.data.schedule import Schedule
 class ReplaySchedule(Schedule):
     """Draws by the chances of ``older`` for ``share`` of all examples, and by those of ``own`` for the rest.
 
-    Both have corpora of their own; the rest of the settings are those of ``own``.
+    Both have corpora of their own, and draw all recordings and one question about each from the beginning; the rest of
+    the settings are those of ``own``.
     """
 
     def __init__(self, own: Schedule, older: Schedule, share: float):
         corpora, others = ({name for found in part.pools.values() for name in found} for part in (own, older))
         assert not corpora & others, f"own and older at once: {corpora & others}"
+        assert all(part.short == 0 and part.questions == 1 for part in (own, older))
         pools = {task: {**own.pools.get(task, {}), **older.pools.get(task, {})} for task in [*own.pools, *older.pools]}
         super().__init__(pools, {}, own.batch_tokens, own.seed, own.lanes)
         self._parts = ((own, 1 - share), (older, share))

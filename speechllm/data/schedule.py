@@ -35,7 +35,7 @@ class Schedule:
     ranks there are.
 
     pools: task -> corpus -> recordings. weights: of tasks. corpus_weights: of corpora, 1 where not given.
-    task_corpora: task -> the corpora that teach it and their weights, for tasks that not all are to teach. enters: task
+    task_corpora: task -> weights of the corpora that teach it, where they are of its own. enters: task
     -> the step from which it is drawn, 0 where not given; it counts from the next window of ``WINDOW`` steps.
     temperature: T. batch_tokens: ids of a micro batch, about. short: steps over which longer utterances come in;
     until then recordings may come again early. lanes: micro batches of a step, of all ranks together. questions: asked
@@ -57,10 +57,6 @@ class Schedule:
     questions: int = 1
 
     def __post_init__(self) -> None:
-        self.pools = {
-            task: {name: pools[name] for name in self.task_corpora.get(task, pools)}
-            for task, pools in self.pools.items()
-        }
         self._window = 0  # the next to be planned
         self._drawn: dict[str, int] = {}  # "task/corpus" -> recordings drawn in the windows before it
         self._orders: dict[str, tuple[int, np.ndarray]] = {}

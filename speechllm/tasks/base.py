@@ -19,9 +19,12 @@ Others = Callable[[], Facts]  # draws another recording of the corpus
 Metric = Literal["wer", "bleu", "accuracy", "turns", "activity", "slots"]
 
 
-def normalize_instruction(text: str) -> str:
-    """Strip and collapse white space; case and punctuation stay. What users type and what is trained pass here."""
+def collapsed(text: str) -> str:
+    """Without white space at its ends, and one blank for any other; case and punctuation stay."""
     return " ".join(text.split())
+
+
+normalize_instruction = collapsed  # what users type and what is trained pass here
 
 
 @dataclass(frozen=True)
@@ -124,10 +127,6 @@ def _unended(text: str) -> str:
     while end and (unicodedata.category(text[end - 1])[0] == "P" or text[end - 1].isspace()):
         end -= 1
     return text[:end]
-
-
-def collapsed(text: str) -> str:
-    return " ".join(text.split())
 
 
 def words_of(parts: Parts) -> str:

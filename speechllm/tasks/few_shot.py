@@ -98,7 +98,9 @@ def _word(facts: Facts, speaker: str | None) -> Iterable[str]:
 
 
 def _words(facts: Facts, speaker: str | None) -> Iterable[str]:
-    return {word for word in normalize_text(facts.text or "").split() if len(word) >= HOT_WORD_LETTERS}
+    """Long words of a sentence; a recording of a single one would be the answer."""
+    words = normalize_text(facts.text or "").split()
+    return {word for word in words if len(word) >= HOT_WORD_LETTERS} if len(words) > 1 else ()
 
 
 def _speech(facts: Facts, speaker: str | None) -> Iterable[str]:

@@ -14,7 +14,7 @@ from speechllm.tasks.base import Others, Task, collapsed, words_of
 
 YES, NO = "yes", "no"
 # how sets of recordings call an emotion -> how we do, an adjective that fits "Is the speaker …?"
-EMOTIONS = {
+_EMOTIONS = {
     "anger": "angry",
     "boredom": "bored",
     "calm": "calm",
@@ -25,6 +25,7 @@ EMOTIONS = {
     "sadness": "sad",
     "surprise": "surprised",
 }
+EMOTIONS = tuple(_EMOTIONS.values())
 LANGUAGES = {
     "cs": "Czech",
     "de": "German",
@@ -91,12 +92,18 @@ class Trait(Label):
         return None if label is None else (label,)
 
 
+def emotion_named(name: object) -> str | None:
+    """The one of ``EMOTIONS`` that is called so: by its noun, or as we call it; None where there is none."""
+    word = normalize_text(str(name))
+    return word if word in EMOTIONS else _EMOTIONS.get(word)
+
+
 @dataclass(frozen=True)
 class Emotion(Trait):
-    labels: tuple[str, ...] = tuple(EMOTIONS.values())
+    labels: tuple[str, ...] = EMOTIONS
 
     def of(self, facts: Facts) -> str | None:
-        return EMOTIONS.get(str(facts.labels.get("emotion")))
+        return emotion_named(facts.labels.get("emotion"))
 
 
 @dataclass(frozen=True)
@@ -173,17 +180,17 @@ class IsEmotion(YesNo):
 
     @property
     def answers(self) -> dict[str, str]:
-        return {f"{emotion}: {label}": label for emotion in EMOTIONS.values() for label in self.labels}
+        return {f"{emotion}: {label}": label for emotion in EMOTIONS for label in self.labels}
 
     def write(self, facts: Facts, argument: str = "") -> Parts | None:
         own = self.of(facts)
         return None if own is None else (f"{', '.join(own)}: {YES if argument in own else NO}",)
 
     def fits(self, argument: str) -> bool:
-        return argument in EMOTIONS.values()
+        return argument in EMOTIONS
 
     def of(self, facts: Facts) -> frozenset[str] | None:
-        emotion = EMOTIONS.get(str(facts.labels.get("emotion")))
+        emotion = emotion_named(facts.labels.get("emotion"))
         return None if emotion is None else frozenset([emotion])
 
 
@@ -231,9 +238,9 @@ class Intent(Task):
 
 
 def write_intent(intent: str, slots: Mapping[str, str]) -> str:
-    """What has a meaning in the grammar is taken out of names and values."""
-    pairs = (f"{_plain(name)}={_plain(value)}" for name, value in sorted(slots.items()))
-    return f"{_plain(intent)}({', '.join(pairs)})"
+    """What has a meaning in the grammar is taken out of names and values; slots of which nothing is left are too."""
+    pairs = ((_plain(name), _plain(value)) for name, value in sorted(slots.items()))
+    return f"{_plain(intent)}({', '.join(f'{name}={value}' for name, value in pairs if name and value)})"
 
 
 def read_intent(text: str) -> tuple[str | None, dict[str, str], tuple[str, ...]]:

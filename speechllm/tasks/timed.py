@@ -9,6 +9,7 @@ from speechllm.tasks.answer import Facts, ParsedAnswer, Part, Parts, Segment, Sp
 from speechllm.tasks.base import Task, collapsed, words_of
 
 NO_SPEECH = "no speech"
+SPEAKERS_MARK = "a speaker's mark"  # the fault
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ class Timed(Task):
         words = ""
         for part in parts:
             if isinstance(part, Speaker):
-                if begun is not None:
-                    faults.append(f"a segment that begins at {begun:.2f} s has no end")
-                speaker, begun, words = part.number, None, ""
+                faults += self._unended(speaker, begun)
+                faults += [] if self.speakers else [SPEAKERS_MARK]
+                speaker, begun, words = part.number if self.speakers else None, None, ""
             elif isinstance(part, str):
                 words = collapsed(f"{words} {part}")
                 if begun is None and words:
@@ -66,10 +67,14 @@ class Timed(Task):
                 else:
                     name = f"spk{speaker}" if self.speakers else None
                     segments.append(Segment(name, begun, part.seconds, words))
-                begun, words = None, ""
-        if begun is not None:
-            faults.append(f"a segment that begins at {begun:.2f} s has no end")
+                speaker, begun, words = None, None, ""
+        faults += self._unended(speaker, begun)
         return ParsedAnswer(shown(parts), tuple(segments), faults=tuple(faults))
+
+    def _unended(self, speaker: int | None, begun: float | None) -> list[str]:
+        if begun is not None:
+            return [f"a segment that begins at {begun:.2f} s has no end"]
+        return [] if speaker is None else [f"nothing of spk{speaker} after the mark"]
 
     def _fault(self, before: list[Segment], speaker: int | None, start: float, end: float, words: str) -> str | None:
         where = f"the segment from {start:.2f} to {end:.2f} s"
@@ -108,7 +113,7 @@ class VoiceActivity(Task):
         if len(times) % 2:
             faults.append(f"a stretch that begins at {times[-1]:.2f} s has no end")
         if any(isinstance(part, Speaker) for part in parts):
-            faults.append("a speaker's mark")
+            faults.append(SPEAKERS_MARK)
         if words != (NO_SPEECH if not times else ""):
             faults.append(f"{words!r} where times, or {NO_SPEECH!r}, were to come" if words else "nothing")
         return ParsedAnswer(shown(parts), tuple(segments), faults=tuple(faults))
