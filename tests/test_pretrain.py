@@ -331,7 +331,7 @@ def test_a_second_run_in_the_same_folder_is_refused(
         ({"max_answer_tokens": 200}, "make sequences of 700 ids; model.max_positions = 512: raise it"),
         (
             {"tasks": {"few_shot_word": 1}, "curriculum": {}},
-            "tasks: examples with shots are sequences of up to 1800 ids; model.max_pos",
+            "tasks: examples with shots are sequences of up to 1800 ids",
         ),
         ({"start_from": "nowhere"}, "start_from: nowhere: not a checkpoint folder"),
         ({"time_marks": 0.48}, "set it to false, or leave out time_marks and timed tasks"),
