@@ -17,10 +17,11 @@ _LOG_LINE = re.compile(r"^\s*(?:data|SSND|Data Size|riff|Riff size)\s*: (\d+) \(
 _STREAMED = 0x7FFF0000  # sizes from here up are what programs write that do not know the length yet
 _SLACK_BYTES = 16  # pad bytes and chunk headers that some programs count and others do not
 _OGG_PAGE_MAX = 27 + 255 + 255 * 255  # bytes
+_OGG_SERIAL = slice(14, 18)  # of a page: which stream it is of
 
 
 def prepare(source: str | BinaryIO, name: str) -> str | BinaryIO:
-    """The same audio in a form of which libsndfile reads all: an mp3 gets a length header if it has none.
+    """The same audio in a form of which libsndfile reads all: an mp3 gets a length header if it lacks one.
 
     Raises InputError for an mp3 that ends inside a frame.
     """
@@ -35,9 +36,16 @@ def prepare(source: str | BinaryIO, name: str) -> str | BinaryIO:
 
 
 def check_whole(source: str | BinaryIO, file: soundfile.SoundFile, samples: int, name: str) -> None:
-    """Raises InputError when fewer samples (a channel) were read from the opened file than it announces."""
-    if file.format == "OGG" and _last_ogg_page_cut(source):
-        raise InputError(f"{name}: cut short, its last page is incomplete; get the whole file")
+    """Raises InputError when fewer samples (a channel) were read from the opened file than it announces, or holds."""
+    if file.format == "OGG":
+        page = _last_ogg_page(source)
+        if page is None:
+            raise InputError(f"{name}: cut short, its last page is incomplete; get the whole file")
+        if page[_OGG_SERIAL] != _bytes_at(source, 0, 27)[_OGG_SERIAL]:
+            raise InputError(
+                f"{name}: several recordings one after another, of which the first alone would be read; convert it "
+                "first: ffmpeg -i INPUT output.wav"
+            )
     expected: float = max(samples, file.frames)
     match = _LOG_LINE.search(file.extra_info)
     if match:
@@ -54,12 +62,13 @@ def check_whole(source: str | BinaryIO, file: soundfile.SoundFile, samples: int,
         )
 
 
-def _last_ogg_page_cut(source: str | BinaryIO) -> bool:
+def _last_ogg_page(source: str | BinaryIO) -> bytes | None:
+    """None when it is not whole."""
     tail = _bytes_at(source, -_OGG_PAGE_MAX, _OGG_PAGE_MAX)
     page = tail[tail.rfind(b"OggS") :]
-    if len(page) < 27 or len(page) < 27 + page[26]:
-        return True
-    return len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])
+    if len(page) < 27 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]]):
+        return None
+    return page
 
 
 def _bytes_at(source: str | BinaryIO, offset: int, count: int) -> bytes:

@@ -1,8 +1,9 @@
 """The frames of an mp3, counted, because an mp3 need not say how long it is.
 
 Without a length in its first frame (a Xing, Info or VBRI header) libsndfile guesses the length of the whole from the
-bitrate of the first frame and reads no further: most of a file of variable bitrate can be lost that way. Walking the
-frame headers gives the count, and giving libsndfile the file with that count in front makes it read them all.
+bitrate of the first frame and reads no further: most of a file of variable bitrate can be lost that way. Of files that
+were joined it reads as much as the first one announces. Walking the frame headers, over tags and junk between them,
+gives the count, and giving libsndfile the frames with that count in front makes it read them all.
 """
 
 _KBPS_MPEG1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 0)
@@ -13,30 +14,35 @@ _XING_KBPS_INDEX = 9  # a frame of at least 96 bytes at every rate: room for the
 
 def is_mp3(data: bytes) -> bool:
     """Whether an MPEG layer III stream starts here, after an ID3v2 tag if there is one."""
-    return _frame_bytes(data, _audio_start(data)) > 0
+    return _frame_bytes(data, _tag_end(data, 0)) > 0
 
 
 def with_length(data: bytes) -> bytes:
-    """The same mp3, led by a Xing header with its number of frames if it has no header that tells it."""
-    start = _audio_start(data)
-    if _tells_length(data[start : start + _frame_bytes(data, start)]):
+    """The same mp3, if it tells how many frames it has and no fewer than it does; else these alone, led by a Xing
+    header with their number.
+    """
+    runs = _runs(data)
+    start, frames = runs[0][0], sum(run[2] for run in runs)
+    header = data[start : start + _frame_bytes(data, start)]
+    told = _frames_told(header)
+    if len(runs) == 1 and told >= frames - 1:  # some count the header's frame, some do not
         return data
-    frames, _ = _walk(data, start)
-    return _xing(data[start : start + 4], frames) + data[start:]
+    audio = b"".join(data[begin:end] for begin, end, _ in runs)
+    return _xing(header[:4], frames - (told > 0)) + audio[len(header) if told else 0 :]
 
 
 def last_frame_cut(data: bytes) -> bool:
     """Whether the data end inside a frame."""
-    _, end = _walk(data, _audio_start(data))
-    return end > len(data)
+    return _runs(data)[-1][1] > len(data)
 
 
-def _audio_start(data: bytes) -> int:
-    """Bytes taken by the ID3v2 tag."""
-    if data[:3] != b"ID3" or len(data) < 10:
-        return 0
-    footer = 10 if data[5] & 0x10 else 0
-    return 10 + footer + sum((byte & 0x7F) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=True))
+def _tag_end(data: bytes, at: int) -> int:
+    """Where the ID3v2 tag that begins here ends; ``at`` without one."""
+    head = data[at : at + 10]
+    if head[:3] != b"ID3" or len(head) < 10:
+        return at
+    footer = 10 if head[5] & 0x10 else 0
+    return at + 10 + footer + sum((byte & 0x7F) << n for byte, n in zip(head[6:], (21, 14, 7, 0), strict=True))
 
 
 def _frame_bytes(data: bytes, at: int) -> int:
@@ -51,21 +57,39 @@ def _frame_bytes(data: bytes, at: int) -> int:
     return (144 if version == 3 else 72) * kbps * 1000 // hertz + (data[at + 2] >> 1 & 1)
 
 
-def _walk(data: bytes, at: int) -> tuple[int, int]:
-    """(frames that begin in the data, where the last of them should end)."""
-    frames = 0
-    while length := _frame_bytes(data, at):
-        frames += 1
-        at += length
-    return frames, at
+def _runs(data: bytes) -> list[tuple[int, int, int]]:
+    """Stretches of frames without anything between them: (begin, end, frames); the last may end beyond the data."""
+    runs = []
+    begin = _tag_end(data, 0)
+    alike = data[begin + 1] & 0xFE, data[begin + 2] & 0x0C  # version, layer and rate, which do not change
+    while begin >= 0:
+        frames, at = 0, begin
+        while length := _frame_bytes(data, at):
+            frames += 1
+            at += length
+        runs.append((begin, at, frames))
+        begin = _next_frame(data, _tag_end(data, at), alike)
+    return runs
 
 
-def _tells_length(frame: bytes) -> bool:
+def _next_frame(data: bytes, at: int, alike: tuple[int, int]) -> int:
+    """Where the next frame like the others begins that another one follows; -1 if there is none."""
+    while (at := data.find(b"\xff", at)) >= 0:
+        length = _frame_bytes(data, at)
+        if length and (data[at + 1] & 0xFE, data[at + 2] & 0x0C) == alike and _frame_bytes(data, at + length):
+            return at
+        at += 1
+    return -1
+
+
+def _frames_told(frame: bytes) -> int:
+    """How many frames its header says there are; 0 where it does not."""
     for tag in (b"Xing", b"Info"):
         at = frame.find(tag)
         if at >= 0:
-            return bool(frame[at + 7] & 1) and int.from_bytes(frame[at + 8 : at + 12], "big") > 0
-    return b"VBRI" in frame
+            return int.from_bytes(frame[at + 8 : at + 12], "big") if frame[at + 7] & 1 else 0
+    at = frame.find(b"VBRI")
+    return int.from_bytes(frame[at + 14 : at + 18], "big") if at >= 0 else 0
 
 
 def _xing(header: bytes, frames: int) -> bytes:

@@ -251,6 +251,27 @@ def test_reads_all_of_an_mp3_that_does_not_say_its_length(tag: bytes, rate: int,
     assert "cut short" in refusal(io.BytesIO(tag + bare[:-10]))
 
 
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+@pytest.mark.parametrize(
+    "between", [b"", b"TAG" + bytes(125), b"ID3\x04\x00\x00\x00\x00\x01\x0a" + bytes(138), bytes(37)]
+)
+def test_reads_all_of_mp3s_that_were_joined(mode: str, between: bytes) -> None:
+    kind = {"format": "MP3", "subtype": "MPEG_LAYER_III", "bitrate_mode": mode}
+    first, second = (encoded(tone(hertz, seconds), **kind) for hertz, seconds in ((300, 2), (800, 3)))
+    wav = read_audio(io.BytesIO(first + between + second), RATE)
+    assert 5 <= wav.shape[1] / RATE < 5.3, "and the silence that an encoder begins and ends with"
+    assert loudest_hertz(wav[:, :RATE], RATE) == pytest.approx(300, abs=2)
+    assert loudest_hertz(wav[:, -2 * RATE :], RATE) == pytest.approx(800, abs=2)
+    assert "cut short" in refusal(io.BytesIO(first + between + second[:-10]))
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_refuses_oggs_that_were_joined(subtype: str) -> None:
+    content = encoded(tone(), format="OGG", subtype=subtype)
+    other = encoded(tone(300, 2), format="OGG", subtype=subtype)
+    assert "several recordings one after another" in refusal(io.BytesIO(content + other))
+
+
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".WAV"])
 @pytest.mark.parametrize("channels", [1, 2])
 def test_writes_16_bit(suffix: str, channels: int, tmp_path: Path) -> None:

@@ -85,13 +85,31 @@ def test_folder_round_trip(codec: SpeechCodec, tmp_path) -> None:
     assert torch.equal(again.decode(codes), codec.decode(codes))
 
 
-def test_fingerprint_of_codebook_0_ignores_the_acoustic_part(codec: SpeechCodec) -> None:
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("semantic.stack", 2),
+        ("semantic.output", 0),
+        ("acoustic.known", 1),
+        ("acoustic.up", 0),
+        ("acoustic.spectrum", 0),
+    ],
+)
+def test_fingerprints_are_of_what_makes_the_codes(codec: SpeechCodec, part: str, changes: int) -> None:
+    """changes: of how many of the fingerprints of one codebook and of two."""
     other = SpeechCodec(TINY)
     other.load_state_dict(codec.state_dict())
     with torch.no_grad():
-        other.acoustic.up.weight.add_(1)
-    assert other.fingerprint(1) == codec.fingerprint(1)
-    assert other.fingerprint(2) != codec.fingerprint(2)
+        for parameter in other.get_submodule(part).parameters():
+            parameter.add_(1)
+    assert [other.fingerprint(n_q) != codec.fingerprint(n_q) for n_q in (1, 2)].count(True) == changes
+    assert other.fingerprint(1) == codec.fingerprint(1) or changes == 2
+
+
+def test_no_sound_has_no_codes(codec: SpeechCodec) -> None:
+    codes = codec.encode(torch.zeros(1, 0))
+    assert (codes.shape, codes.dtype) == ((codec.n_q, 0), torch.int64)
+    assert codec.decode(codes).shape == (1, 0)
 
 
 def test_bad_folders(codec: SpeechCodec, tmp_path) -> None:
@@ -102,9 +120,10 @@ def test_bad_folders(codec: SpeechCodec, tmp_path) -> None:
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(InputError, match="damaged"):
         load_codec(tmp_path)
-    (tmp_path / "config.json").write_text('{"kind": "gramophone"}')
-    with pytest.raises(InputError, match="gramophone"):
-        load_codec(tmp_path)
+    for kind in ('"gramophone"', "[]"):
+        (tmp_path / "config.json").write_text(f'{{"kind": {kind}}}')
+        with pytest.raises(InputError, match="unknown kind of codec"):
+            load_codec(tmp_path)
 
 
 def test_encodec_names_the_way_out_when_weights_are_missing(tmp_path) -> None:

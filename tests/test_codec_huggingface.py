@@ -264,6 +264,11 @@ def refused(message: str, *arguments: object) -> None:
     assert len(result.output.splitlines()) == 1
 
 
+def test_import_where_nothing_can_be_written(dac: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused("file: cannot be made (File exists); give another folder", dac, "--out", tmp_path / "file")
+
+
 def test_import_overwrites_nothing(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     refused(f"{tmp_path}: holds a codec or model already", "nowhere", "--out", tmp_path)
@@ -285,6 +290,7 @@ def test_folders_that_cannot_be_used(dac: Path) -> None:
         (lambda: weights.write_bytes(weights.read_bytes()[:-1000]), "damaged"),
         (lambda: weights.rename(dac / "pytorch_model.bin"), "give a local folder with safetensors"),
         (lambda: config.write_text(known.replace('"dac"', '"bert"')), "'bert' is known; known are mimi, dac, encodec"),
+        (lambda: config.write_text(known.replace('"n_codebooks": 4', '"n_codebooks": "four"')), "field 'n_codebooks'"),
         (lambda: config.write_text('{"n_codebooks": 4}'), "unknown kind of codec None; known are speech, encodec, hug"),
         (lambda: config.write_text('{"kind": "huggingface", "n_q": 0}'), "n_q: Input should be greater than"),
         (lambda: config.write_text("["), "not a codec's config"),
@@ -335,6 +341,6 @@ def test_a_name_on_the_hub_without_a_network(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", OFFLINE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
-    assert line.startswith("kyutai/mimi: the codec's files cannot be had (")
+    assert line.startswith("kyutai/mimi: no such folder, and the codec's files cannot be had (")
     for way_out in ("give a local folder", "hf download NAME --local-dir DIR", "HF_HOME"):
         assert way_out in line

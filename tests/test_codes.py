@@ -142,10 +142,13 @@ def test_some_codebooks(clip: Path, codes: Path, folder: Path, codec: SpeechCode
     refused("1 to 3 codebooks", "encode", clip, "--n-q", 4, "-o", clip.with_name("d.safetensors"), "--codec", folder)
 
 
-def test_codebook_0_outlives_another_decoder(codes: Path, clip: Path, codec: SpeechCodec) -> None:
+def test_codes_outlive_what_does_not_make_them(codes: Path, clip: Path, codec: SpeechCodec) -> None:
     other = make_codec(0)
     with torch.no_grad():
         other.acoustic.up.weight.add_(1)
+    assert load_codes(codes, other)[0].shape[0] == codec.n_q
+    with torch.no_grad():
+        other.acoustic.known.weight.add_(1)
     first = clip.with_name("first.safetensors")
     save_codes(first, codec.encode(read_audio(clip, 16000), 1), 20000, codec)
     assert load_codes(first, other)[0].shape == (1, 32)

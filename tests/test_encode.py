@@ -18,6 +18,7 @@ from speechllm.errors import InputError
 from speechllm.tasks import Facts, Segment
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
+from train import encode
 from train.encode import encode_corpus, encode_row
 
 RATE = 16000
@@ -52,6 +53,50 @@ def test_a_text_alone_has_no_frames(tiny_checkpoint: Path, tmp_path: Path) -> No
     assert taught == {"transcribe": heard, "translate_text_de": heard | {3}, "translate_de": heard, "language": heard}
     batch = mixture.batch([Draw("translate_text_de", 3), Draw("transcribe", 0)], 1, Random(0))
     assert sorted(batch.audio_lengths.tolist()) == [1, 2 * 50 + 1]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_goes_on_where_it_was(
+    jobs: int, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "SHARD", 2)
+    codec, out = tiny_checkpoint / "codec", tmp_path / "codes"
+    utterances = []
+    for number in range(5):
+        generator = torch.Generator().manual_seed(number)
+        write_audio(tmp_path / f"{number}.wav", 0.3 * torch.randn(1, RATE, generator=generator), RATE)
+        known = {"id": f"set/{number}", "audio": f"{number}.wav", "duration": 1.0, "split": "train", "source": "set"}
+        utterances.append(Utterance.model_validate(known))
+    write_manifest(tmp_path / "m.jsonl", utterances)
+
+    def encoded(copies: int = 1) -> int:
+        return encode_corpus(tmp_path / "m.jsonl", codec, out, n_q=1, copies=copies, jobs=jobs)
+
+    assert encoded() == 5
+    whole = read_encoded([out], "train")["codes"]
+    (out / "00001.parquet").unlink()
+    with pytest.raises(InputError, match=r"2 of 3 shards are there"):
+        read_encoded([out], "train")
+    assert encoded() == 2
+    assert encoded() == 0
+    assert read_encoded([out], "train")["codes"] == whole
+    with pytest.raises(InputError, match=r"holds other codes"):
+        encoded(copies=2)
+    write_manifest(tmp_path / "m.jsonl", utterances[:4])
+    with pytest.raises(InputError, match=r"holds other codes"):
+        encoded()
+
+
+def test_what_cannot_be_encoded_is_one_line(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    codec, out = tiny_checkpoint / "codec", tmp_path / "codes"
+    write_manifest(tmp_path / "m.jsonl", [])
+    with pytest.raises(InputError, match=r"m\.jsonl: holds no utterance"):
+        encode_corpus(tmp_path / "m.jsonl", codec, out, n_q=1, copies=1, jobs=1)
+    write_manifest(tmp_path / "m.jsonl", [Utterance(id="a", text="Yes.", language="en", split="train", source="set")])
+    out.mkdir()
+    (out / "data.parquet").write_bytes(b"somebody's")
+    with pytest.raises(InputError, match=r"holds other codes"):
+        encode_corpus(tmp_path / "m.jsonl", codec, out, n_q=1, copies=1, jobs=1)
 
 
 def test_a_duration_that_is_not_the_audios_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:

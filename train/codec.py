@@ -13,11 +13,13 @@ from pydantic import Field
 from speechllm.codec import SpeechCodec, SpeechCodecConfig, load_codec, save_codec
 from speechllm.data.corpus import read_corpus
 from speechllm.errors import InputError
+from speechllm.folders import replaced
 from train.codec_acoustic import AcousticSettings, train_acoustic
 from train.codec_data import CtcData, phoneme_inventory, repeated, transcribable
 from train.codec_semantic import SemanticSettings, train_semantic
 from train.config import Settings, read_config
 from train.loop import Interrupted
+from train.output import output_folder
 
 
 class CodecTraining(Settings):
@@ -35,10 +37,18 @@ class CodecTraining(Settings):
     acoustic: AcousticSettings
 
 
+def trained_codec(folder: Path) -> SpeechCodec:
+    """Raises InputError where there is none, or one of another kind."""
+    codec = load_codec(folder)
+    if not isinstance(codec, SpeechCodec):
+        raise InputError(f"{folder}: a codec of another kind: set another 'out'")
+    return codec
+
+
 def acoustic_stage(config: CodecTraining, resume: bool) -> None:
-    codec = load_codec(config.out / "codec")
-    assert isinstance(codec, SpeechCodec)
+    codec = trained_codec(config.out / "codec")
     torch.manual_seed(config.seed)
+    codec.acoustic = SpeechCodec(codec.config).acoustic  # not that of a run before
     train, dev = read_corpus(config.manifests, "train"), read_corpus(config.dev_manifests, "dev")
     train_acoustic(codec, train, dev, config.acoustic, config.out, config.seed, resume)
     save_codec(codec, config.out / "codec")
@@ -60,15 +70,15 @@ def semantic_stage(config: CodecTraining, resume: bool) -> None:
     if started.exists() and not resume:
         raise InputError(f"{config.out}: holds a run already: add --resume to go on, or set another 'out'")
     if started.exists():
-        codec = load_codec(started)  # the phonemes of the run that is resumed, whatever the corpus holds by now
-        assert isinstance(codec, SpeechCodec)
+        codec = trained_codec(started)  # the phonemes of the run that is resumed, whatever the corpus holds by now
         if codec.config != config.codec.model_copy(update={"phonemes": codec.config.phonemes}):
             raise InputError(f"codec: {started} has other sizes: set these again, or another 'out'")
     else:
         torch.manual_seed(config.seed)
-        inventory = phoneme_inventory(train_items)
+        inventory = phoneme_inventory(clips)
         codec = SpeechCodec(config.codec.model_copy(update={"phonemes": inventory}))
-        save_codec(codec, started)
+        with replaced(started) as new:
+            save_codec(codec, new)
     inventory, rate = codec.config.phonemes, codec.sample_rate
     train = CtcData(train_items, inventory, codec.mel, rate, config.semantic.perturbed)
     dev = CtcData(dev_items, inventory, codec.mel, rate)
@@ -90,15 +100,14 @@ def main(
     """Train one stage of the codec, into OUT/codec; or export that for others to use."""
     try:
         settings = read_config(config, CodecTraining)
-        if stage is Stage.semantic:
-            semantic_stage(settings, resume)
-        elif stage is Stage.acoustic:
-            acoustic_stage(settings, resume)
-        else:
-            codec = load_codec(settings.out / "codec")
-            assert isinstance(codec, SpeechCodec)
+        if stage is Stage.export:
+            codec = trained_codec(settings.out / "codec")
             codec.check_trained(codec.n_q)
-            save_codec(codec, export_to, torch.float16)
+            with output_folder(export_to):
+                save_codec(codec, export_to, torch.float16)
+        else:
+            with output_folder(settings.out):
+                (semantic_stage if stage is Stage.semantic else acoustic_stage)(settings, resume)
     except InputError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error

@@ -21,6 +21,7 @@ from speechllm.errors import InputError
 from train.codec_waveform import Reconstruction, WaveformSettings, train_waveform
 from train.config import Settings, read_config
 from train.loop import Interrupted
+from train.output import output_folder
 
 N_MELS = 80  # of the loss
 SELDOM = 0.1  # of the average use; a code that is used less is given a new place
@@ -117,7 +118,9 @@ def main(
 ) -> None:
     """Train a codec for reconstruction alone, into OUT/codec."""
     try:
-        train_plain(read_config(config, PlainTraining), resume)
+        settings = read_config(config, PlainTraining)
+        with output_folder(settings.out):
+            train_plain(settings, resume)
     except InputError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error

@@ -225,15 +225,6 @@ def read_words(
     return scores
 
 
-def uar(labels: Sequence[str], answers: Sequence[str]) -> float:
-    """Unweighted average recall: the share of right answers, averaged over the classes in ``labels``."""
-    recalls = []
-    for name in sorted(set(labels)):
-        own = [answer == name for label, answer in zip(labels, answers, strict=True) if label == name]
-        recalls.append(sum(own) / len(own))
-    return sum(recalls) / len(recalls)
-
-
 def read_trait(
     train: Sequence[Clip],
     test: Sequence[Clip],
@@ -243,6 +234,8 @@ def read_trait(
     advance: Advance,
 ) -> float:
     """Train a trait probe on clips whose targets are labels; its UAR on ``test`` in percent."""
+    from sklearn.metrics import balanced_accuracy_score  # a second
+
     torch.manual_seed(seed)
     classes = sorted({clip.target for clip in train})
     counts = torch.tensor([sum(clip.target == name for clip in train) for name in classes])
@@ -258,4 +251,4 @@ def read_trait(
     with torch.inference_mode():
         for start in range(0, len(test), 64):
             answers += [classes[i] for i in probe(*padded(test[start : start + 64])).argmax(-1).tolist()]
-    return 100 * uar([clip.target for clip in test], answers)
+    return 100 * float(balanced_accuracy_score([clip.target for clip in test], answers))

@@ -133,11 +133,13 @@ def train_semantic(
         return train.batch(indices, Random(f"{seed} augment {step}"))
 
     with Loop("semantic", out, codec.semantic, optimizer, settings.steps, resume) as loop:
+        quantize = bool(codec.semantic.quantizer._codebook.initted.all())  # it stays on where more steps are added
         for step, batch in zip(loop.steps(), prefetch(make, loop.range()), strict=True):
+            quantize = quantize or step >= switch
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * cosine(step, settings.warmup, settings.steps)
             batch = batch.to(device)
-            log_probs, commitment, _ = forward(codec, batch, quantize=step >= switch)
+            log_probs, commitment, _ = forward(codec, batch, quantize)
             loss = ctc(log_probs, batch)
             optimizer.zero_grad(set_to_none=True)
             (loss + commitment).backward()
@@ -145,6 +147,6 @@ def train_semantic(
             optimizer.step()
             loop.scalars(ctc=loss.item(), commitment=commitment.item(), lr=optimizer.param_groups[0]["lr"])
             if (step + 1) % settings.evaluate_every == 0 or step + 1 == settings.steps:
-                loop.evaluation(**evaluate(codec, dev, groups, quantize=step >= switch))
+                loop.evaluation(**evaluate(codec, dev, groups, quantize))
     loop.plot({"CTC loss": ["ctc"], "phoneme error %": [f"per_{g}" for g in groups], "perplexity": ["perplexity"]})
     codec.semantic.cpu()

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from speechllm.codec.layers import LogMel
 from speechllm.data.corpus import Item
 from speechllm.data.sampling import prefetch
-from train.codec_losses import Balancer, Discriminator, mel_loss, spectral_loss
+from speechllm.errors import InputError
+from train.codec_losses import RESOLUTIONS, Balancer, Discriminator, mel_loss, spectral_loss
 from train.config import Settings
 from train.loop import Loop, cosine, training_device
 
@@ -84,8 +85,13 @@ class WaveformSettings(Settings):
     evaluate_every: int = Field(250, gt=0)
 
     def samples(self, sample_rate: int, hop_length: int) -> int:
-        """Samples of a crop, which are whole hops."""
-        return round(self.crop_seconds * sample_rate / hop_length) * hop_length
+        """Samples of a crop, which are whole hops. Raises InputError for fewer than the losses need."""
+        samples, fewest = round(self.crop_seconds * sample_rate / hop_length) * hop_length, max(RESOLUTIONS) // 2
+        if samples <= fewest:
+            raise InputError(
+                f"crop_seconds = {self.crop_seconds:g}: {samples} samples; set more than {fewest / sample_rate:g}"
+            )
+        return samples
 
 
 def crops(items: list[Item], samples: int, count: int, rate: int, rng: Random) -> Crops:

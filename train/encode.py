@@ -79,6 +79,10 @@ def fingerprint(items: list[Item]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
+def shard_name(number: int) -> str:
+    return f"{number:05d}.parquet"
+
+
 loaded = cache(load_codec)  # once in each process
 
 
@@ -90,7 +94,7 @@ def encode_shard(number: int, items: list[Item], codec_folder: Path, n_q: int, c
         for item in items
         for copy in range(copies if item.utterance.split == "train" and item.utterance.audio else 1)
     ]
-    path = out / f"{number:05d}.parquet"
+    path = out / shard_name(number)
     Dataset.from_list(rows, features=FEATURES).to_parquet(str(path.with_suffix(".new")))
     path.with_suffix(".new").replace(path)
     return len(items)
@@ -102,9 +106,12 @@ def encode_corpus(manifest: Path, codec_folder: Path, out: Path, n_q: int, copie
     Returns how many that were.
 
     Raises:
-        InputError: ``out`` holds other utterances than ``manifest``, or was encoded with another codec or settings.
+        InputError: ``out`` holds other utterances than ``manifest``, or was encoded with another codec or settings;
+            there is nothing to encode.
     """
     items = [item for split in ("train", "dev", "test") for item in read_corpus([manifest], split, True, texts=True)]
+    if not items:
+        raise InputError(f"{manifest}: holds no utterance")
     codec = load_codec(codec_folder)
     codec.check_n_q(n_q)
     if codec.card > MOST_CODES:
@@ -118,10 +125,10 @@ def encode_corpus(manifest: Path, codec_folder: Path, out: Path, n_q: int, copie
         "shards": len(shards),
     }
     with output_folder(out):
-        done = {int(path.stem) for path in out.glob("*.parquet")}
+        done = {n for n in shards if (out / shard_name(n)).exists()}
         known = (out / INFO).read_text(encoding="utf-8") if (out / INFO).is_file() else None
         told = json.dumps(info) + "\n"
-        if known != told and (known or done):
+        if known != told and (known or any(out.glob("*.parquet"))):
             raise InputError(
                 f"{out}: holds other codes: of another manifest or codec, or with other settings; remove it"
             )

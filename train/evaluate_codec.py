@@ -24,6 +24,7 @@ from train.codec_report import ENCODEC, LOG_MEL, ORIGINAL, write_report
 from train.codec_selection import halves, pick, unseen_speakers
 from train.config import Settings, read_config
 from train.kept import file_digest
+from train.output import output_folder
 from train.resumable import Advance, Store, Unit
 
 SENTENCE = 4  # words
@@ -322,7 +323,8 @@ def main(
         if unknown := [name for name in parts if name not in PARTS]:
             raise InputError(f"--only: no part is called {unknown[0]!r}; there are {', '.join(PARTS)}")
         settings = read_config(config, CodecEvaluation)
-        typer.echo(evaluate(settings, parts))
+        with output_folder(settings.out):
+            typer.echo(evaluate(settings, parts))
     except InputError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from speechllm.codec import EncodecCodec, EncodecConfig, HuggingFaceCodec, HuggingFaceConfig, save_codec
 from speechllm.codec.load import CONFIG
 from speechllm.errors import InputError, first_problem
+from train.output import output_folder
 
 ENCODEC = "encodec_24khz"
 
@@ -19,7 +20,8 @@ def import_codec(source: str, out: Path, n_q: int | None, repository: Path | Non
     """Write the codec at ``source``, cut to ``n_q`` codebooks, to the folder ``out``, and return it.
 
     Raises:
-        InputError: ``out`` holds a codec already, the weights cannot be had, or there are fewer codebooks.
+        InputError: ``out`` holds a codec already or cannot be written to, the weights cannot be had, or there are fewer
+            codebooks.
     """
     if (out / CONFIG).exists():
         raise InputError(f"{out}: holds a codec or model already; give another --out, or remove it")
@@ -34,7 +36,8 @@ def import_codec(source: str, out: Path, n_q: int | None, repository: Path | Non
         raise InputError(f"--repository is for {ENCODEC} alone; name the folder of any other codec as SOURCE")
     else:
         codec = HuggingFaceCodec.pretrained(source, HuggingFaceConfig(n_q=n_q))
-    save_codec(codec, out)
+    with output_folder(out):
+        save_codec(codec, out)
     return codec
 
 
@@ -54,9 +57,6 @@ def main(
     ] = None,
 ) -> None:
     """Make a codec folder that needs nothing outside itself."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
     try:
         codec = import_codec(source, out, n_q, repository)
     except InputError as error:

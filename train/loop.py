@@ -6,6 +6,7 @@ import math
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from types import FrameType, TracebackType
 
 import torch
@@ -72,20 +73,30 @@ class Loop:
         if self.state_path.exists():
             if not resume:
                 raise InputError(f"{self.folder}: holds a run already: add --resume to go on, or set another 'out'")
-            state = torch.load(self.state_path, map_location="cpu", weights_only=True)
-            if state.get("base", base) != base:
-                raise InputError(f"{self.folder}: is on top of another codebook 0: remove it, or set another 'out'")
-            try:
-                module.load_state_dict(state["module"])
-                optimizer.load_state_dict(state["optimizer"])
-            except (RuntimeError, ValueError) as error:
-                raise InputError(f"{self.folder}: of other settings: set these again, or another 'out'") from error
-            self.step = state["step"]
+            self.step = self._restore(base)
         self.base = base
         self.log = MetricLog(self.folder)
         self.progress = progress_bar()
         self._sums: dict[str, tuple[float, int]] = {}
         self._stop = False
+
+    def _restore(self, base: str) -> int:
+        """Module and optimizer as they were saved, but for what the settings say of the optimizer; the step."""
+        own = [{name: value for name, value in g.items() if name != "params"} for g in self.optimizer.param_groups]
+        try:
+            state = torch.load(self.state_path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+            raise InputError(f"{self.state_path}: damaged: remove {self.folder} to start anew") from error
+        if state.get("base", base) != base:
+            raise InputError(f"{self.folder}: is on top of another codebook 0: remove it, or set another 'out'")
+        try:
+            self.module.load_state_dict(state["module"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"{self.folder}: of other settings: set these again, or another 'out'") from error
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(settings)
+        return int(state["step"])
 
     def __enter__(self) -> Loop:
         self._previous = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}

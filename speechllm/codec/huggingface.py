@@ -102,7 +102,7 @@ FAMILIES = {
 def is_hub_name(source: str | Path) -> bool:
     """Whether ``source`` is looked up on the hub: it reads ``org/name``, and neither it nor ``org`` is a path here.
 
-    So a mistyped path never leaves the machine.
+    So a path mistyped behind a folder that is there never leaves the machine.
     """
     path = Path(source)
     return bool(HUB_NAME.fullmatch(str(source))) and not path.exists() and not path.parent.exists()
@@ -160,7 +160,10 @@ class HuggingFaceCodec(nn.Module, Codec):
         if not Path(source).is_dir() and not is_hub_name(source):
             raise InputError(f"{source}: no such folder, and no name on the hub (org/name)")
         import transformers
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()  # of weights that take a moment
         ways_out = (
             "give a local folder with safetensors, download one where there is a network (hf download NAME "
             "--local-dir DIR), or set HF_HOME to a cache that has it"
@@ -175,11 +178,13 @@ class HuggingFaceCodec(nn.Module, Codec):
                 source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
         except OSError as error:
-            raise InputError(f"{source}: the codec's files cannot be had ({_first_line(error)}): {ways_out}") from error
-        except (SafetensorError, RuntimeError, ValueError, TypeError) as error:
+            told = f"{'no such folder, and ' * is_hub_name(source)}the codec's files cannot be had"
+            raise InputError(f"{source}: {told} ({_first_line(error)}): {ways_out}") from error
+        except (SafetensorError, RuntimeError, ValueError, TypeError, StrictDataclassError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"{source}: damaged, or not a codec's folder: {_first_line(error)}") from error
+            first = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else _first_line(error)
+            raise InputError(f"{source}: damaged, or not a codec's folder: {first}") from error
         if report["missing_keys"]:  # transformers fills them with random numbers
             raise InputError(f"{source}: its files hold no weights for {', '.join(sorted(report['missing_keys'])[:3])}")
         try:

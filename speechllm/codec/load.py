@@ -39,7 +39,9 @@ def save_codec(codec: AnyCodec, folder: Path, dtype: torch.dtype = torch.float32
         name: (value.to(dtype) if value.is_floating_point() and not name.startswith("mel.") else value).clone()
         for name, value in codec.state_dict().items()
     }
-    save_file(weights, folder / WEIGHTS)
+    new = folder / f"{WEIGHTS}.new"
+    save_file(weights, new)
+    new.replace(folder / WEIGHTS)  # a process that is killed leaves the old ones
     kind = next(name for name, (cls, _) in KINDS.items() if type(codec) is cls)
     config = {"kind": kind, **codec.config.model_dump(mode="json")}
     (folder / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -59,7 +61,7 @@ def load_codec(source: str | Path) -> AnyCodec:
         kind = config.pop("kind", None)
         if kind == HUGGING_FACE or (kind is None and "model_type" in config):
             return HuggingFaceCodec.pretrained(folder, HuggingFaceConfig(n_q=config.get("n_q") if kind else None))
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             known = ", ".join((*KINDS, HUGGING_FACE))
             raise InputError(f"{folder / CONFIG}: unknown kind of codec {kind!r}; known are {known}")
         make, settings = KINDS[kind]

@@ -19,13 +19,17 @@ from speechllm.codec.base import Codec, hash_tensors
 from speechllm.codec.layers import LEVEL_REACH, MEL_HOP, ConvStack, Downsample, Kernel, LogMel, relative_to_level
 from speechllm.errors import InputError
 
+# beginnings of the names of weights that codes come from: neither the recogniser behind codebook 0 nor the decoder
+SEMANTIC_CODES = ("mel.", "semantic.down.", "semantic.stack.", "semantic.norm.", "semantic.quantizer.")
+ACOUSTIC_CODES = ("acoustic.down.", "acoustic.known.", "acoustic.stack.", "acoustic.quantizer.")
+
 
 class SpeechCodecConfig(BaseModel):
     """Sizes of the codec; saved next to its weights."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    sample_rate: int = 16000
+    sample_rate: int = Field(16000, ge=1)
     n_mels: int = Field(80, ge=16, multiple_of=8)
     card: int = Field(512, ge=2, description="codes in each codebook")
     n_acoustic: int = Field(7, ge=1, description="acoustic codebooks after the semantic one")
@@ -179,7 +183,7 @@ class SpeechCodec(nn.Module, Codec):
         self.check_trained(n_q)
         frames = -(-wav.shape[-1] // self.hop_length)
         reach = self.semantic.reach + self.acoustic.stack.reach + 4  # 4: mel windows and Downsample
-        pieces = []
+        pieces = [torch.zeros(n_q, 0, dtype=torch.int64, device=wav.device)]
         for left, right, kept in overlapping(frames, max(1, int(chunk_seconds * self.frame_rate)), reach):
             piece = wav[:, left * self.hop_length : right * self.hop_length]
             codes = self._encode_piece(F.pad(piece, (0, (right - left) * self.hop_length - piece.shape[-1])), n_q)
@@ -207,7 +211,7 @@ class SpeechCodec(nn.Module, Codec):
 
         Memory beyond the result is bounded by ``chunk_seconds``, on which the sound does not depend.
         """
-        pieces = [torch.zeros(1, 0)]
+        pieces = [torch.zeros(1, 0, device=codes.device)]
         step = max(1, int(chunk_seconds * self.frame_rate))
         for left, right, kept in overlapping(codes.shape[1], step, self.acoustic.reach):
             wav = self._decode_piece(codes[:, left:right])
@@ -226,7 +230,7 @@ class SpeechCodec(nn.Module, Codec):
 
     def fingerprint(self, n_q: int) -> str:
         """See :meth:`Codec.fingerprint`."""
-        parts = ("mel.", "semantic.") if n_q == 1 else ("mel.", "semantic.", "acoustic.")
+        parts = SEMANTIC_CODES if n_q == 1 else SEMANTIC_CODES + ACOUSTIC_CODES
         return hash_tensors({name: value for name, value in self.state_dict().items() if name.startswith(parts)})
 
     def code_vectors(self) -> Tensor:
