@@ -188,6 +188,8 @@ class HuggingFaceTokenizer(TextTokenizer):
         self._spells_spaces = not levels
 
         pieces: dict[str, int] = bpe["vocab"]
+        if not pieces:
+            raise refusal
         self._names = {index: piece for piece, index in pieces.items()} | {one["id"]: one["content"] for one in added}
         special = {one["content"] for one in added if one["special"]} | {bpe["unk_token"]}
         byte_pieces = set() if levels else {piece for piece in pieces if _BYTE_PIECE.fullmatch(piece)}

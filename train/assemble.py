@@ -12,6 +12,7 @@ import typer
 from speechllm.checkpoint import load_checkpoint
 from speechllm.errors import InputError
 from speechllm.folders import replaced
+from train.commands import plain_errors
 
 
 def megabytes(paths: Sequence[Path]) -> float:
@@ -51,11 +52,8 @@ def main(
     at_most_mb: Annotated[float | None, typer.Option(help="refuse when all is larger, in 10^6 bytes")] = None,
 ) -> None:
     """Check that a checkpoint is whole, and not too large, and copy it."""
-    try:
+    with plain_errors():
         size = assemble(checkpoint, out, beside or [], at_most_mb)
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
     typer.echo(f"{out}: {size:.1f} MB{' with what is beside it' if beside else ''}")
 
 

@@ -31,6 +31,7 @@ from speechllm.tasks.labels import Label
 from train.asking import Server
 from train.calibration import Judgements, fit_temperature, negative_log_likelihood
 from train.calibration_report import Report, make_row, write_report
+from train.commands import plain_errors
 from train.kept import Kept, file_digest, weights_fingerprint
 from train.loop import progress_bar
 from train.output import output_folder, write_whole
@@ -251,17 +252,10 @@ def main(
     limit: Annotated[int | None, typer.Option(min=1, help="so many clips of each set, from all over it")] = None,
 ) -> None:
     """Fit the temperature of a checkpoint's confidences on dev sets; measure calibration on test sets."""
-    try:
-        with output_folder(out):
-            report = calibrate(model, dev, test, limit, out)
-            write_temperature(model, report.temperature)
-            typer.echo(write_report(report, out))
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as stop:
-        typer.echo("stopped: finished sets are kept; run the same command to go on", err=True)
-        raise typer.Exit(130) from stop
+    with plain_errors("stopped: finished sets are kept; run the same command to go on"), output_folder(out):
+        report = calibrate(model, dev, test, limit, out)
+        write_temperature(model, report.temperature)
+        typer.echo(write_report(report, out))
 
 
 if __name__ == "__main__":

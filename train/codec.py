@@ -17,8 +17,8 @@ from speechllm.folders import replaced
 from train.codec_acoustic import AcousticSettings, train_acoustic
 from train.codec_data import CtcData, phoneme_inventory, repeated, transcribable
 from train.codec_semantic import SemanticSettings, train_semantic
+from train.commands import plain_errors
 from train.config import Settings, read_config
-from train.loop import Interrupted
 from train.output import output_folder
 
 
@@ -98,7 +98,7 @@ def main(
     resume: Annotated[bool, typer.Option(help="go on from the last saved state")] = False,
 ) -> None:
     """Train one stage of the codec, into OUT/codec; or export that for others to use."""
-    try:
+    with plain_errors():
         settings = read_config(config, CodecTraining)
         if stage is Stage.export:
             codec = trained_codec(settings.out / "codec")
@@ -108,12 +108,6 @@ def main(
         else:
             with output_folder(settings.out):
                 (semantic_stage if stage is Stage.semantic else acoustic_stage)(settings, resume)
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except Interrupted as stop:
-        typer.echo(str(stop), err=True)
-        raise typer.Exit(130) from stop
 
 
 if __name__ == "__main__":

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from speechllm.codec import EncodecCodec, EncodecConfig, save_codec
 from speechllm.codec.layers import LogMel
 from speechllm.data.corpus import read_corpus
-from speechllm.errors import InputError
 from train.codec_waveform import Reconstruction, WaveformSettings, train_waveform
+from train.commands import plain_errors
 from train.config import Settings, read_config
-from train.loop import Interrupted
 from train.output import output_folder
 
 N_MELS = 80  # of the loss
@@ -117,16 +116,10 @@ def main(
     resume: Annotated[bool, typer.Option(help="go on from the last saved state")] = False,
 ) -> None:
     """Train a codec for reconstruction alone, into OUT/codec."""
-    try:
+    with plain_errors():
         settings = read_config(config, PlainTraining)
         with output_folder(settings.out):
             train_plain(settings, resume)
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except Interrupted as stop:
-        typer.echo(str(stop), err=True)
-        raise typer.Exit(130) from stop
 
 
 if __name__ == "__main__":

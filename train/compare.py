@@ -24,10 +24,10 @@ from pydantic import Field, ValidationError
 
 from speechllm.errors import InputError, first_problem
 from speechllm.tasks import TRAINABLE
+from train.commands import plain_errors
 from train.config import Settings, read_config
 from train.log import read_metrics
 from train.loop import progress_bar
-from train.making import plain_errors
 from train.pretrain_config import Pretraining
 from train.scoring import LOWER_IS_BETTER, SCORES
 
@@ -208,7 +208,7 @@ def main(
     ),
 ) -> None:
     """Train variants of one configuration and set their validations side by side."""
-    with plain_errors(config):
+    with plain_errors(f"stopped; the same command goes on from {config}"):
         comparison = read_config(config, Comparison)
         runs = plan_runs(comparison)
         with progress_bar() as bar:

@@ -22,7 +22,8 @@ from speechllm.data.corpus import read_corpus
 from speechllm.data.manifest import Split
 from speechllm.data.synthesis import SAMPLE_RATE
 from speechllm.errors import InputError
-from train.making import Outcome, make_corpus, plain_errors, report, write_utterance
+from train.commands import plain_errors
+from train.making import Outcome, make_corpus, report, write_utterance
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def main(
     jobs: Annotated[int, typer.Option(min=1, help="Processes")] = 2,
 ) -> None:
     """Make a corpus of conversations of one to three speakers."""
-    with plain_errors(out):
+    with plain_errors(f"stopped; the same command goes on from {out}"):
         plan = prepare(manifests, out, split, seed, max_seconds, noise)
         tally = make_corpus(plan, make, count, jobs, Console(stderr=True))
     report(out, tally)

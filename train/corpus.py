@@ -24,11 +24,12 @@ from speechllm.data.recorded import read_sentences
 from speechllm.errors import InputError
 from train import converse, synthesize
 from train.amounts import shown_time
+from train.commands import plain_errors
 from train.config import read_config
 from train.corpus_config import Conversations, Recipe, Synthesis, Texts, naming
 from train.corpus_report import Timings, survey, write_report
 from train.encode import encode_corpus
-from train.making import make_corpus, plain_errors
+from train.making import make_corpus
 
 
 def placed(utterance: Utterance, folder: Path) -> Utterance:
@@ -172,7 +173,7 @@ def main(
     share: Annotated[float, typer.Option(min=0.001, max=1, help="of what is made to train on: its first part")] = 1.0,
 ) -> None:
     """Build a corpus: synthesise, mix conversations, encode, check. Interrupted, it goes on where it was."""
-    with plain_errors(config):
+    with plain_errors(f"stopped; the same command goes on from {config}"):
         recipe = read_config(config, Recipe).scaled(share)
         totals = Builder(recipe, Console(stderr=True)).build(audio_only)["totals"]
     hours = sum(value for name, value in totals.items() if name.startswith("hours"))

@@ -22,6 +22,7 @@ from speechllm.data.encoded import INFO, copy_id, stretched, write_facts
 from speechllm.data.manifest import WRONG
 from speechllm.data.perturb import vary
 from speechllm.errors import InputError
+from train.commands import plain_errors
 from train.loop import progress_bar
 from train.output import output_folder, write_whole
 from train.workers import worker_pool
@@ -164,14 +165,8 @@ def main(
     jobs: Annotated[int, typer.Option(help="processes", min=1)] = 2,
 ) -> None:
     """Turn the audio of a corpus into codes. Interrupted, it goes on where it was when started again."""
-    try:
+    with plain_errors("stopped; run the same command again to go on"):
         encode_corpus(manifest, codec, out, n_q, copies, jobs)
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
-        typer.echo("stopped; run the same command again to go on", err=True)
-        raise typer.Exit(130) from error
 
 
 if __name__ == "__main__":

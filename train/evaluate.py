@@ -26,6 +26,7 @@ from speechllm.tasks import TASKS
 from train.asking import Server
 from train.baseline_system import System
 from train.baselines import make_baseline
+from train.commands import plain_errors
 from train.evaluate_compare import compare
 from train.evaluate_report import report, write_report
 from train.evaluate_rows import CASCADE, Found, Part, fingerprint, measure, parts_of_row, read_found
@@ -157,7 +158,7 @@ def main(
     ] = None,
 ) -> None:
     """Score a checkpoint on held-out speech; writes JSON, Markdown and pictures."""
-    try:
+    with plain_errors("stopped: finished parts are kept; run the same command to go on"):
         paths = paths or []
         for name in task or ():
             if name not in TASKS or not TASKS[name].listens:
@@ -187,12 +188,6 @@ def main(
             evaluation = evaluate(model, adapter, chosen, known, split, limit, out, beams)
             write_report(evaluation, out)
             typer.echo(report(evaluation))
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as stop:
-        typer.echo("stopped: finished parts are kept; run the same command to go on", err=True)
-        raise typer.Exit(130) from stop
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from train.codec_measures import CHANGES, Judge, fidelity, misheard, same_codes,
 from train.codec_probes import Clip, Heard, ProbeSettings, letters, read_trait, read_words
 from train.codec_report import ENCODEC, LOG_MEL, ORIGINAL, write_report
 from train.codec_selection import halves, pick, unseen_speakers
+from train.commands import plain_errors
 from train.config import Settings, read_config
 from train.kept import file_digest
 from train.output import output_folder
@@ -134,6 +135,8 @@ def word_units(codecs: dict[str, Codec], settings: WordSettings, seed: int) -> I
     asked = {said(item) for items in tests.values() for item in items}
     # words alone are the same everywhere; sentences are not to be known from training
     train = [item for item in train if said(item) not in asked or len(said(item).split()) < SENTENCE]
+    if not train:
+        raise InputError("words.train: says nothing but what is asked: name other manifests")
     clips = len(train) + sum(map(len, tests.values()))
 
     def run(heard: Heard, books: tuple[int, ...] | None, advance: Advance) -> dict[str, Any]:
@@ -196,6 +199,8 @@ def emotion_units(codecs: dict[str, Codec], settings: EmotionSettings, seed: int
         train = pick(paths, "train", settings.clips, seed, label, "an emotion")
         test = pick(paths, "test", settings.clips, seed, label, "an emotion")
         both = {label(item) for item in train} & {label(item) for item in test}
+        if not both:
+            raise InputError(f"emotion.sets: {group}: no emotion is in both its train and its test split: leave it out")
         tasks[group] = ([i for i in train if label(i) in both], [i for i in test if label(i) in both])
     return trait_units(codecs, tasks, label, settings.probe, settings.repeats, seed)
 
@@ -318,19 +323,13 @@ def main(
     only: Annotated[str | None, typer.Option(help=f"parts to measure, with commas: {','.join(PARTS)}")] = None,
 ) -> None:
     """Measure a codec; writes results.json, results.md and plots. Finished parts of an earlier call are kept."""
-    try:
+    with plain_errors("stopped: what is finished is kept; run the same command to go on"):
         parts = only.split(",") if only else list(PARTS)
         if unknown := [name for name in parts if name not in PARTS]:
             raise InputError(f"--only: no part is called {unknown[0]!r}; there are {', '.join(PARTS)}")
         settings = read_config(config, CodecEvaluation)
         with output_folder(settings.out):
             typer.echo(evaluate(settings, parts))
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as stop:
-        typer.echo("stopped: what is finished is kept; run the same command to go on", err=True)
-        raise typer.Exit(130) from stop
 
 
 if __name__ == "__main__":

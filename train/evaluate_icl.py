@@ -25,6 +25,7 @@ from speechllm.metrics import bootstrap_interval, mean_interval, normalize_text,
 from speechllm.tasks import TASKS
 from speechllm.tasks.few_shot import HOT_WORD_LETTERS, HOT_WORD_RECORDINGS
 from speechllm.tasks.wordings import TRANSCRIBE
+from train.commands import plain_errors
 from train.icl_answers import Advance, Listener
 from train.icl_clips import GAP, HEARD, PAIRS, PART, SNR_DB, Sets
 from train.icl_plot import plot
@@ -233,7 +234,7 @@ def main(
     device: Annotated[Device, typer.Option(help="of the language model")] = Device.cpu,
 ) -> None:
     """Measure how well a checkpoint follows shots, with controls. Finished rows of an earlier call are kept."""
-    try:
+    with plain_errors("stopped: finished rows are kept; run the same command to go on"):
         for name in only or ():
             if name not in ROWS:
                 raise InputError(f"--only {name}: no such row; there are {', '.join(ROWS)}")
@@ -245,12 +246,6 @@ def main(
             report = evaluate(model, Sets(corpus, source), rows, options, out, device.value)
             typer.echo(write_report(report, out))
             plot(report, out / "results.png")
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as stop:
-        typer.echo("stopped: finished rows are kept; run the same command to go on", err=True)
-        raise typer.Exit(130) from stop
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from speechllm.data.filtering import RULES, UNREADABLE, Measured, Rule, Verdicts
 from speechllm.data.manifest import Utterance, write_manifest
 from speechllm.errors import InputError
 from train.amounts import shown_time
+from train.commands import plain_errors
 from train.loop import progress_bar
 from train.workers import worker_pool
 
@@ -236,17 +237,11 @@ def main(
     jobs: Annotated[int, typer.Option(help="processes", min=1)] = 2,
 ) -> None:
     """Drop utterances that are unreadable, of another length, silent, clipped, mislabelled or there twice; says why."""
-    try:
+    with plain_errors("stopped; nothing was written"):
         out = out or default_out(manifest_of(manifest))
         folder = report or out.parent / f"{out.stem}-report"
         typer.echo(filter_corpus(manifest, out, folder, jobs, read_bounds(bound or [])))
         typer.echo(f"{out}\n{folder}")
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
-        typer.echo("stopped; nothing was written", err=True)
-        raise typer.Exit(130) from error
 
 
 if __name__ == "__main__":

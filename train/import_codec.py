@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from speechllm.codec import EncodecCodec, EncodecConfig, HuggingFaceCodec, HuggingFaceConfig, save_codec
 from speechllm.codec.load import CONFIG
 from speechllm.errors import InputError, first_problem
+from train.commands import plain_errors
 from train.output import output_folder
 
 ENCODEC = "encodec_24khz"
@@ -57,11 +58,8 @@ def main(
     ] = None,
 ) -> None:
     """Make a codec folder that needs nothing outside itself."""
-    try:
+    with plain_errors():
         codec = import_codec(source, out, n_q, repository)
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
     what = f"{codec.frame_rate:g} frames a second, {codec.n_q} codebooks of {codec.card} codes"
     typer.echo(f"{out}: {codec.sample_rate} Hz, {what}")
 

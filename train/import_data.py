@@ -20,6 +20,7 @@ from speechllm.data.sources import Source, read_source
 from speechllm.errors import InputError
 from speechllm.tasks.labels import EMOTIONS, emotion_named
 from train.amounts import shown_time
+from train.commands import plain_errors
 from train.loop import progress_bar
 
 REPORTED = 5  # bad rows listed before a failure
@@ -185,7 +186,7 @@ def main(
     Excerpts of longer recordings are cut, into audio/.
     """
     console = Console(stderr=True)
-    try:
+    with plain_errors("stopped; nothing was written"):
         if (out / MANIFEST).exists():
             raise InputError(f"{out / MANIFEST}: is there already; give another --out, or remove it")
         if held_out is not None and not 0 < held_out < 1:
@@ -201,12 +202,6 @@ def main(
         for line in shown(found):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         utterances = import_data(rows, found, out, language, split, held_out, skip_bad, console)
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
-        typer.echo("stopped; nothing was written", err=True)
-        raise typer.Exit(130) from error
     splits = ", ".join(f"{count} {name}" for name, count in Counter(u.split for u in utterances).items())
     speakers = len({u.speaker for u in utterances if u.speaker})
     length = shown_time(sum(u.duration for u in utterances))

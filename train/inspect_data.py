@@ -31,6 +31,7 @@ from speechllm.tasks import TASKS, Parts, Task
 from speechllm.text import TextTokenizer
 from speechllm.vocabulary import Vocabulary
 from train.amounts import shown_time
+from train.commands import plain_errors
 from train.loop import progress_bar
 from train.output import output_folder
 
@@ -287,15 +288,9 @@ def main(
 
     These are of codebook 0 alone, with every frame: other layouts of a config have other ids.
     """
-    try:
+    with plain_errors("stopped"):
         torch.set_num_threads(1)
         show(inspect_corpus(manifest, out, text_model, codec, examples), Console())
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
-        typer.echo("stopped", err=True)
-        raise typer.Exit(130) from error
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ where it stopped and gives the same corpus.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -136,19 +135,6 @@ def make_corpus(
                     tally["made"] += 1
                 progress.advance(task)
         return tally
-
-
-@contextmanager
-def plain_errors(out: Path) -> Iterator[None]:
-    """How a command that makes a corpus ends when it cannot go on: one line, exit code 2 (130 after Ctrl-C)."""
-    try:
-        yield
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt:
-        typer.echo(f"stopped; the same command goes on from {out}", err=True)
-        raise typer.Exit(130) from None
 
 
 def report(out: Path, tally: Counter[str]) -> None:

@@ -17,6 +17,7 @@ from speechllm.errors import InputError
 from train import card_sections as sections
 from train.card_inputs import Inputs, read_calibration, read_corpus_report, read_icl
 from train.codec import CodecTraining
+from train.commands import plain_errors
 from train.config import read_config
 from train.kept import weights_fingerprint
 from train.licences import TABLE, read_licences
@@ -85,7 +86,7 @@ def main(
     licences: Annotated[Path, typer.Option(help="table of the licences of what is trained on")] = TABLE,
 ) -> None:
     """Write a checkpoint's model card from what is known of it."""
-    try:
+    with plain_errors():
         configs = tuple(read_config(path, Pretraining) for path in pretrain or ())
         found = {f"{name}.png": results.parent / f"{name}.png" for name in ("results", "bias")} if results else {}
         found |= {"shots.png": icl.parent / "results.png"} if icl else {}
@@ -112,9 +113,6 @@ def main(
             out.write_text(text, encoding="utf-8")
         except OSError as error:
             raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
     typer.echo(f"{out}: written")
 
 

@@ -17,8 +17,8 @@ from pydantic import Field
 from speechllm.audio import to_samples, to_seconds, write_audio
 from speechllm.data.synthesis import SAMPLE_RATE, VOICES, EngineError, Voice, speak
 from speechllm.errors import InputError
+from train.commands import plain_errors
 from train.config import Settings, read_config
-from train.making import plain_errors
 
 TABLE = Path(__file__).resolve().parent.parent / "prompts" / "clips.yaml"
 EDGE = 0.12  # seconds of silence before and after
@@ -74,7 +74,7 @@ def main(
     """Make the clips that are not there yet, 16 kHz FLAC, and say when each sentence in them starts and ends."""
     folder = table.parent / "clips"
     made = kept = 0
-    with plain_errors(folder):
+    with plain_errors(f"stopped; the same command goes on from {folder}"):
         for name, sentences in read_config(table, Table).clips.items():
             path = folder / f"{name}.flac"
             if path.exists():

@@ -28,6 +28,7 @@ import typer
 from pydantic import Field
 
 from speechllm.errors import InputError
+from train.commands import plain_errors
 from train.config import Settings, read_config
 from train.output import write_whole
 from train.stage_costs import MEASURED, Cost, Outcome, Rapl, add_cost, cost_table, estimated, of_stages, read_costs
@@ -319,22 +320,19 @@ def main(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the commands")] = False,
 ) -> None:
     """Data, codec, codes, training, calibration, evaluation, model card: whatever of it is not done yet."""
-    try:
+    with plain_errors():
         release = read_config(config, Release)
         names, stamps = chosen(release, start, only), Stamps(release)
         release.check(names)
         if dry_run:
             plan(release, stamps, names)
             return
-        perform_all(release, stamps, names)
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except Stopped as stop:
-        again = ["python", "-m", "train.release", "--config", str(config)]
-        again += ["--from", start] if start else ["--only", only] if only else []
-        typer.echo(f"{stop}; go on with: {shlex.join(again)}", err=True)
-        raise typer.Exit(130) from stop
+        try:
+            perform_all(release, stamps, names)
+        except Stopped as stop:
+            again = ["python", "-m", "train.release", "--config", str(config)]
+            again += ["--from", start] if start else ["--only", only] if only else []
+            raise KeyboardInterrupt(f"{stop}; go on with: {shlex.join(again)}") from stop
     report(release)
     for name, stage in release.stages.items():
         if stage.only_by_name and name not in names:

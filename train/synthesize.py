@@ -27,7 +27,8 @@ from speechllm.data.synthesis import SAMPLE_RATE, Engine, EngineError, Voice, re
 from speechllm.errors import InputError
 from speechllm.metrics import normalize_text
 from speechllm.tasks import Segment
-from train.making import Outcome, make_corpus, plain_errors, report, write_utterance
+from train.commands import plain_errors
+from train.making import Outcome, make_corpus, report, write_utterance
 from train.orders import ORDERS, read_or_make
 
 BUILT_IN = ("digits", ORDERS, "nonspeech")  # texts that are no files
@@ -260,7 +261,7 @@ def main(
 ) -> None:
     """Make a corpus of synthetic speech."""
     console = Console(stderr=True)
-    with plain_errors(out):
+    with plain_errors(f"stopped; the same command goes on from {out}"):
         plan = prepare(text, out, language, split, fragments, seed, noise, tuple(engine or ()), words)
         tally = synthesize(plan, count, jobs, console)
     report(out, tally)

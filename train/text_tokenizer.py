@@ -16,6 +16,7 @@ from speechllm.tasks import TASKS
 from speechllm.tasks.labels import write_intent
 from speechllm.tasks.phrases import drawn
 from speechllm.text import SentencePieceTokenizer
+from train.commands import plain_errors
 from train.orders import ORDERS, read_or_make
 
 # English is transcribed and translated from, instructions stand in every sequence: both should cost few pieces.
@@ -83,12 +84,9 @@ def main(
     """Train the SentencePiece text model on sentences, their intents and the instructions of the tasks."""
     rng = Random(0)
     asked = [w for task in TASKS.values() for w in (*task.wordings, *(drawn(phrase, rng) for phrase in task.phrases))]
-    try:
+    with plain_errors():
         lines = [line for name in text for line in lines_of(read_or_make(name))]
         tokenizer = train_text_tokenizer(lines + asked * INSTRUCTION_REPEATS, vocab_size, out)
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
     pieces = sum(len(tokenizer.encode(line)) for line in lines)
     typer.echo(f"{out}: {tokenizer.size} pieces; {len(lines)} lines, {pieces / len(lines):.1f} pieces each")
 
