@@ -288,7 +288,7 @@ def main(
 
     These are of codebook 0 alone, with every frame: other layouts of a config have other ids.
     """
-    with plain_errors("stopped"):
+    with plain_errors():
         torch.set_num_threads(1)
         show(inspect_corpus(manifest, out, text_model, codec, examples), Console())
 
