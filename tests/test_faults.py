@@ -15,8 +15,8 @@ from conftest import ROOT, run_program, write_yaml
 from speechllm.checkpoint import load_checkpoint
 
 STEPS, KILLS = 12, 5
-# Starts the command again and again in a child that is killed (with the loaders it started) at a random moment after it
-# has saved no, one or two states, until KILLS were killed; then once more, to the end.
+# Starts the command again and again in a child that is killed (with the loaders it started) after it has saved no, one
+# or two states, at a random moment until the next, until KILLS were killed; then once more, to the end.
 KILLED = """
 import json
 import os
@@ -40,6 +40,13 @@ def counting():
     return latest.read_text() if latest.exists() else ""
 
 
+def wait_for_a_save(seconds=float("inf")):
+    begun, before = time.monotonic(), counting()
+    while counting() == before and time.monotonic() - begun < seconds and not ended(child):
+        time.sleep(0.001)
+    return time.monotonic() - begun
+
+
 while killed:
     child, killed = os.fork(), False
     if not child:
@@ -48,12 +55,9 @@ while killed:
         os._exit(0)
     if kills:
         for number in range(max(kills % 3, not latest.exists())):
-            begun, before = time.monotonic(), counting()
-            while counting() == before and not ended(child):
-                time.sleep(0.001)
-            if number:  # before the first save there is the start
-                period = time.monotonic() - begun  # of a step and a save
-        time.sleep(rng.uniform(0, period))
+            taken = wait_for_a_save()
+            period = taken if number else period  # of a step and a save; before the first save there is the start
+        wait_for_a_save(rng.uniform(0, period))
         if not ended(child):
             os.killpg(child, signal.SIGKILL)
             killed, kills = True, kills - 1
