@@ -21,7 +21,7 @@ run: .venv/.run-stamp
 	$(BIN)/speechllm ask "Transcribe this audio" prompts/clips/transcribe-1.wav
 
 test: .venv/.dev-stamp
-	$(BIN)/pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 20 --durations-min 15
 
 check: .venv/.dev-stamp
 	$(BIN)/ruff check .
